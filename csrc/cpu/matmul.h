@@ -1,0 +1,107 @@
+// The register tile of every matrix product: C[rows][lanes] = C0 + sum over k of A(row, k) * B[k][lanes].
+//
+// B and C are rows of 64 lanes (kGranule floats apart); A is read in place, one number broadcast a step.
+// A product is fp32 FMA, or a dot of bf16 pairs where the machine has it; then A and B hold pairs.
+#pragma once
+
+#include "attention_args.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kTileRows = 6;
+constexpr int kVectors = kGranule / kLanes;  // lane vectors of a granule
+
+struct FmaProduct {
+  using B = F32;
+  static FASTATTN_INLINE B load_b(const float* p) { return load(p); }
+  static FASTATTN_INLINE F32 step(const char* a, B b, F32 acc) {
+    return fma(splat(*(const float*)a), b, acc);
+  }
+};
+
+#ifdef FASTATTN_HAS_DOT2
+struct Dot2Product {
+  using B = I32;
+  static FASTATTN_INLINE B load_b(const float* p) { return load((const int32_t*)p); }
+  static FASTATTN_INLINE F32 step(const char* a, B b, F32 acc) {
+    int32_t pair;
+    memcpy(&pair, a, 4);
+    return dot2(splat_int(pair), b, acc);
+  }
+};
+#endif
+
+// Where A lies: element (row, k) at data + row * row_bytes + k * step_bytes. One of the two is 4.
+struct Broadcast {
+  const char* data;
+  int64_t row_bytes, step_bytes;
+};
+
+enum class Start { kZero, kAccumulate };
+
+template <class Product, Start START, bool ROWS_ADJACENT, int ROWS, int VECTORS>
+__attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, float* c) {
+  F32 acc[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+      acc[i][j] = START == Start::kZero ? zero() : load(c + i * kGranule + j * kLanes);
+    }
+  }
+  const int64_t row_bytes = ROWS_ADJACENT ? 4 : a.row_bytes, step_bytes = ROWS_ADJACENT ? a.step_bytes : 4;
+  const char* p = a.data;
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < steps; ++k, p += step_bytes, b += kGranule) {
+    typename Product::B row[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) row[j] = Product::load_b(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) acc[i][j] = Product::step(p + i * row_bytes, row[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) store(c + i * kGranule + j * kLanes, acc[i][j]);
+  }
+}
+
+template <class Product, Start START, bool ROWS_ADJACENT, int VECTORS>
+void column(Broadcast a, int64_t rows, int64_t steps, const float* b, float* c) {
+  const auto advance = [&](int n) {
+    a.data += n * (ROWS_ADJACENT ? 4 : a.row_bytes);
+    c += n * kGranule;
+    rows -= n;
+  };
+  for (; rows >= 6; advance(6)) tile<Product, START, ROWS_ADJACENT, 6, VECTORS>(a, steps, b, c);
+  if (rows >= 4) tile<Product, START, ROWS_ADJACENT, 4, VECTORS>(a, steps, b, c), advance(4);
+  if (rows >= 2) tile<Product, START, ROWS_ADJACENT, 2, VECTORS>(a, steps, b, c), advance(2);
+  if (rows >= 1) tile<Product, START, ROWS_ADJACENT, 1, VECTORS>(a, steps, b, c);
+}
+
+// All rows, lane vectors [from, to).
+template <class Product, Start START, bool ROWS_ADJACENT>
+void product(Broadcast a, int64_t rows, int64_t steps, const float* b, float* c, int from, int to) {
+  static_assert(kTileVectors == 2 || kTileVectors == 4, "the cases below");
+  for (int v = from; v < to; v += kTileVectors) {
+    const float* bv = b + v * kLanes;
+    float* cv = c + v * kLanes;
+    switch (to - v < kTileVectors ? to - v : kTileVectors) {
+      case 1: column<Product, START, ROWS_ADJACENT, 1>(a, rows, steps, bv, cv); break;
+      case 2: column<Product, START, ROWS_ADJACENT, 2>(a, rows, steps, bv, cv); break;
+      case 3:
+        if constexpr (kTileVectors == 4) column<Product, START, ROWS_ADJACENT, 3>(a, rows, steps, bv, cv);
+        break;
+      case 4:
+        if constexpr (kTileVectors == 4) column<Product, START, ROWS_ADJACENT, 4>(a, rows, steps, bv, cv);
+        break;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,115 @@
+// What may change a score between q.k and the mask: scale, softcap, bias, ALiBi, in the contract's order.
+// Also the dropout words. All on S^T, one key a row, one query a lane; calls without terms skip this file.
+#pragma once
+
+#include "attention_args.h"
+#include "math.h"
+#include "philox.h"
+
+namespace fastattn {
+namespace {
+
+// The rows of one task: where they are and their logical positions.
+struct QueryRows {
+  int64_t b, h, first;
+  int count;
+  alignas(64) int32_t position[kGranule];
+
+  QueryRows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int count)
+      : b(b), h(h), first(first), count(count) {
+    for (int r = 0; r < kGranule; ++r) {
+      const int64_t i = first + (r < count ? r : count - 1);
+      position[r] = a.q_pos ? a.q_pos[b * a.q_pos_batch + i * a.q_pos_row] : int32_t(i + a.q_offset);
+    }
+  }
+};
+
+inline int32_t key_position(const AttentionArgs& a, int64_t b, int64_t j) {
+  return a.k_pos ? a.k_pos[b * a.k_pos_batch + j * a.k_pos_key] : int32_t(j);
+}
+
+inline bool has_score_terms(const AttentionArgs& a) {
+  // A scale that is not positive would turn the maximum over, and 0 * -inf is NaN: apply it before the mask.
+  return a.softcap != 0.f || a.bias || a.alibi_slopes || !(a.scale > 0.f);
+}
+
+// terms[key][lane] = bias(row = lane, key), whichever way the tensor lies.
+template <class T>
+void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* terms) {
+  const T* bias = (const T*)a.bias + rows.b * a.bias_batch + rows.h * a.bias_head + rows.first * a.bias_row +
+                  key * a.bias_key;
+  if (a.bias_row == 0) {
+    for (int j = 0; j < keys; ++j) {
+      const F32 x = splat(as_float(bias[j * a.bias_key]));
+      for (int c = 0; c < kVectors; ++c) store(terms + j * kGranule + c * kLanes, x);
+    }
+  } else if (a.bias_key == 1) {
+    for (int c = 0; c < kVectors && c * kLanes < rows.count; ++c) {
+      for (int j = 0; j < keys; j += kLanes) {
+        F32 r[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int lane = c * kLanes + i;
+          r[i] = lane < rows.count ? load_n(bias + lane * a.bias_row + j, keys - j) : zero();
+        }
+        transpose(r);
+        for (int i = 0; i < kLanes && j + i < keys; ++i) store(terms + (j + i) * kGranule + c * kLanes, r[i]);
+      }
+    }
+  } else {
+    for (int j = 0; j < keys; ++j) {
+      for (int r = 0; r < rows.count; ++r) {
+        terms[j * kGranule + r] = as_float(bias[r * a.bias_row + j * a.bias_key]);
+      }
+    }
+  }
+}
+
+// scores: raw q.k in, natural units out. `terms` is a block of scratch of the same shape.
+template <class T>
+void apply_score_terms(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* scores,
+                       float* terms) {
+  if (a.bias) {
+    a.bias_fp32 ? gather_bias<float>(a, rows, key, keys, terms) : gather_bias<T>(a, rows, key, keys, terms);
+  }
+  const F32 scale = splat(a.scale), cap = splat(a.softcap), inverse_cap = splat(1.f / a.softcap);
+  const F32 slope =
+      splat(a.alibi_slopes ? a.alibi_slopes[rows.b * a.alibi_batch + rows.h * a.alibi_head] : 0.f);
+  const int vectors = (rows.count + kLanes - 1) / kLanes;
+  for (int j = 0; j < keys; ++j) {
+    const I32 k_pos = splat_int(a.alibi_slopes ? key_position(a, rows.b, key + j) : 0);
+    for (int c = 0; c < vectors; ++c) {
+      float* at = scores + j * kGranule + c * kLanes;
+      F32 s = load(at) * scale;
+      if (a.softcap != 0.f) s = cap * tanh(s * inverse_cap);
+      if (a.bias) s = s + load(terms + j * kGranule + c * kLanes);
+      if (a.alibi_slopes) s = s - slope * abs(to_float(load(rows.position + c * kLanes) - k_pos));
+      store(at, s);
+    }
+  }
+}
+
+// keep[key]: bit r says whether row r keeps the key.
+inline void dropout_words(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys,
+                          uint64_t* keep) {
+  const I32 threshold = splat_int(int32_t(a.dropout_threshold));
+  const int vectors = (rows.count + kLanes - 1) / kLanes;
+  for (int j = 0; j < keys; ++j) keep[j] = 0;
+  for (int c = 0; c < vectors; ++c) {
+    const I32 q_pos = load(rows.position + c * kLanes);
+    I32 word[4];
+    int32_t group = -1;
+    for (int j = 0; j < keys; ++j) {
+      const int32_t position = key_position(a, rows.b, key + j);
+      if (position / 4 != group) {
+        group = position / 4;
+        philox(a.dropout_seed, splat_int(int32_t(rows.b)), splat_int(int32_t(rows.h)), q_pos,
+               splat_int(group), word);
+      }
+      const uint64_t dropped = bits_of(below_unsigned(word[position % 4], threshold));
+      keep[j] |= (dropped ^ low_bits(kLanes)) << (c * kLanes);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

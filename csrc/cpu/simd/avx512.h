@@ -1,0 +1,186 @@
+// AVX-512 (F, BW, VL, DQ): 16 fp32 lanes, 32 registers. The interface is the one described in scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kTileVectors = 4;  // a 6 x 4 register tile: 24 accumulators, 4 operands, 1 broadcast
+
+struct F32 {
+  __m512 v;
+};
+struct I32 {
+  __m512i v;
+};
+struct Mask {
+  __mmask16 m;
+};
+
+FASTATTN_INLINE F32 splat(float x) { return {_mm512_set1_ps(x)}; }
+FASTATTN_INLINE F32 zero() { return {_mm512_setzero_ps()}; }
+FASTATTN_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE F32 fms(F32 a, F32 b, F32 c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+FASTATTN_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
+FASTATTN_INLINE F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, 8)}; }
+FASTATTN_INLINE F32 scale_by_power(F32 a, F32 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+FASTATTN_INLINE Mask operator>(F32 a, F32 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+FASTATTN_INLINE Mask is_nan(F32 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+FASTATTN_INLINE Mask operator|(Mask a, Mask b) { return {__mmask16(a.m | b.m)}; }
+FASTATTN_INLINE bool any(Mask a) { return a.m != 0; }
+FASTATTN_INLINE uint32_t bits_of(Mask a) { return a.m; }
+FASTATTN_INLINE Mask mask_of_bits(uint32_t bits) { return {__mmask16(bits)}; }
+FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
+
+FASTATTN_INLINE __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << n) - 1); }
+
+FASTATTN_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+FASTATTN_INLINE F32 load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+FASTATTN_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
+FASTATTN_INLINE void store_n(float* p, F32 x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.v); }
+FASTATTN_INLINE void stream(float* p, F32 x) { _mm512_stream_ps(p, x.v); }
+
+FASTATTN_INLINE F32 widen_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+FASTATTN_INLINE F32 load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+FASTATTN_INLINE F32 load_n(const BFloat16* p, int64_t n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+FASTATTN_INLINE __m256i narrow_bf16(F32 x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x.v);
+#else
+  const __m512i u = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan(x).m, rounded, quiet), 16));
+#endif
+}
+FASTATTN_INLINE void store(BFloat16* p, F32 x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
+FASTATTN_INLINE void store_n(BFloat16* p, F32 x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x));
+}
+FASTATTN_INLINE void stream(BFloat16* p, F32 x) { _mm256_stream_si256((__m256i*)p, narrow_bf16(x)); }
+
+FASTATTN_INLINE F32 load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+FASTATTN_INLINE F32 load_n(const Half* p, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
+}
+FASTATTN_INLINE void store(Half* p, F32 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTATTN_INLINE void store_n(Half* p, F32 x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTATTN_INLINE void stream(Half* p, F32 x) {
+  _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
+
+// A fixed tree, written out: the compiler's reduce intrinsics may change their order.
+FASTATTN_INLINE float reduce_add(F32 x) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+FASTATTN_INLINE float reduce_max(F32 x) { return _mm512_reduce_max_ps(x.v); }
+
+FASTATTN_INLINE I32 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+FASTATTN_INLINE I32 iota() {
+  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+FASTATTN_INLINE I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+FASTATTN_INLINE void store(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
+FASTATTN_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+FASTATTN_INLINE I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int N>
+FASTATTN_INLINE I32 shift_right(I32 a) {
+  return {_mm512_srli_epi32(a.v, N)};
+}
+FASTATTN_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+FASTATTN_INLINE I32 bits_of(F32 a) { return {_mm512_castps_si512(a.v)}; }
+FASTATTN_INLINE F32 float_of(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+FASTATTN_INLINE Mask below_unsigned(I32 a, I32 b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
+// The high and low words of the 32 x 32 -> 64 bit products a * m.
+FASTATTN_INLINE void multiply_wide(I32 a, uint32_t m, I32* high, I32* low) {
+  const __m512i factor = _mm512_set1_epi32(int32_t(m));
+  const __m512i even = _mm512_mul_epu32(a.v, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+  low->v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  high->v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+
+// r[i] lane j <-> r[j] lane i.
+FASTATTN_INLINE void transpose(F32* r) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  __m512 u[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[4 * i + j]), b = _mm512_castps_pd(t[4 * i + 2 + j]);
+      u[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+#ifdef __AVX512BF16__
+#define FASTATTN_HAS_DOT2 1
+// acc + a.lo * b.lo + a.hi * b.hi, a and b pairs of bf16 in 32-bit lanes.
+FASTATTN_INLINE F32 dot2(I32 a, I32 b, F32 acc) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+// Lane i: (low[i] as bf16, high[i] as bf16), low in the lower half.
+FASTATTN_INLINE I32 pack_pairs(F32 low, F32 high) {
+  const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low.v));
+  const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high.v));
+  return {_mm512_or_si512(l, _mm512_slli_epi32(h, 16))};
+}
+// 16 elements of two rows -> 16 pairs (low[i], high[i]).
+FASTATTN_INLINE I32 interleave(const BFloat16* low, const BFloat16* high) {
+  const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+  const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+  return {_mm512_or_si512(l, _mm512_slli_epi32(h, 16))};
+}
+#endif
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,6 @@
+#include "../simd/avx512.h"
+#include "kernels.inc"
+
+namespace fastattn {
+FASTATTN_TABLE(avx512_bf16_kernels, "avx512_bf16");
+}

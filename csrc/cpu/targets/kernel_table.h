@@ -1,0 +1,16 @@
+// The kernels of one instruction set. Each target fills one table; targets.cpp picks one when the library
+// loads.
+#pragma once
+
+#include "../attention_args.h"
+
+namespace fastattn {
+
+struct KernelTable {
+  const char* isa;
+  // Indexed by Storage.
+  AttentionTask attention[3];
+  AttentionScratch attention_scratch;
+};
+
+}  // namespace fastattn

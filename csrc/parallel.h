@@ -1,0 +1,75 @@
+// Runs the tasks of a kernel on torch's threads.
+//
+// Tasks are independent and write to places of their own, so neither the number of threads nor the order can
+// change a result; the order can be shuffled to prove it.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <numeric>
+
+namespace fastattn {
+
+// A thread's scratch, kept from call to call.
+class Scratch {
+ public:
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(4096, size_);
+      STD_TORCH_CHECK(data_ != nullptr, "fastattn: out of memory for ", size_, " bytes of scratch");
+    }
+    return data_;
+  }
+  ~Scratch() { std::free(data_); }
+
+  static void* of_thread(int64_t bytes) {
+    static thread_local Scratch scratch;
+    return scratch.get(bytes);
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// 0: tasks run in their own order. Else a seed of another order, for tests.
+inline std::atomic<int64_t>& task_order_seed() {
+  static std::atomic<int64_t> seed{0};
+  return seed;
+}
+
+template <class Task>
+void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
+  const int64_t seed = task_order_seed().load(std::memory_order_relaxed);
+  int64_t step = 1;
+  if (seed != 0 && tasks > 1) {
+    step = std::abs(seed) * 7919 % tasks;
+    while (std::gcd(step, tasks) != 1) ++step;
+  }
+  const auto run = [&](int64_t i, void* scratch) { task((i * step + seed) % tasks, scratch); };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  if (threads <= 1) {
+    void* scratch = Scratch::of_thread(scratch_bytes);
+    for (int64_t i = 0; i < tasks; ++i) run(i, scratch);
+    return;
+  }
+  // Threads take short runs of tasks as they get free: tasks differ in what they see.
+  const int64_t run_length = std::clamp<int64_t>(tasks / (threads * 16), 1, 16);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      void* scratch = Scratch::of_thread(scratch_bytes);
+      for (int64_t i; (i = next.fetch_add(run_length, std::memory_order_relaxed)) < tasks;) {
+        for (int64_t j = i; j < std::min(i + run_length, tasks); ++j) run(j, scratch);
+      }
+    }
+  });
+}
+
+}  // namespace fastattn
