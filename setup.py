@@ -107,7 +107,8 @@ class NinjaBuild(build_ext):
 
         stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem {torch / 'include'}"]
         stable += [f"-isystem {torch / 'include/torch/csrc/api/include'}"]
-        ops = [compile_one("csrc/ops.cpp", "ops", stable)]
+        bindings = sorted((ROOT / "csrc").glob("ops*.cpp"))
+        ops = [compile_one(f"csrc/{source.name}", source.stem, stable) for source in bindings]
         ops += [compile_one(f"csrc/cpu/targets/{t}.cpp", t, flags) for t, flags in targets.items()]
         ops += [compile_one("csrc/cpu/targets/targets.cpp", "targets", [])]
         select = compile_one("csrc/cpu/targets/select.cpp", "select", [])

@@ -42,8 +42,8 @@ struct AttentionArgs {
   int64_t bias_batch, bias_head, bias_row, bias_key;
   const float *alibi_slopes, *sinks;
   int64_t alibi_batch, alibi_head;
-  const int32_t *q_pos, *k_pos;  // null: 0, 1, 2, ... plus the offset
-  int64_t q_pos_batch, q_pos_row, k_pos_batch, k_pos_key, q_offset;
+  const int32_t *q_pos, *k_pos;  // null: 0, 1, 2, ...
+  int64_t q_pos_batch, q_pos_row, k_pos_batch, k_pos_key;
 
   // Dropout keeps where the Philox lane is at least the threshold.
   bool dropout;

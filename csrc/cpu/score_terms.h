@@ -19,7 +19,7 @@ struct QueryRows {
       : b(b), h(h), first(first), count(count) {
     for (int r = 0; r < kGranule; ++r) {
       const int64_t i = first + (r < count ? r : count - 1);
-      position[r] = a.q_pos ? a.q_pos[b * a.q_pos_batch + i * a.q_pos_row] : int32_t(i + a.q_offset);
+      position[r] = a.q_pos ? a.q_pos[b * a.q_pos_batch + i * a.q_pos_row] : int32_t(i);
     }
   }
 };
