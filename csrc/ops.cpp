@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "block_table, "
       "Tensor? kv_lengths, Tensor? k_scale, Tensor? v_scale, Tensor? sinks, bool[4] needs, bool grads_fp32) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+  m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");
 }

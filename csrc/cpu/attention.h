@@ -23,16 +23,31 @@ namespace {
 template <class T>
 constexpr int kExpDegree = 5;
 template <>
-constexpr int kExpDegree<BFloat16> = 3;
+constexpr int kExpDegree<BFloat16> = 4;
 template <>
 constexpr int kExpDegree<Half> = 4;
+
+// How a score becomes an exponent of 2. Without terms the scale is folded into one multiply-add; with terms
+// the maximum is subtracted in natural units, where the lowest finite bias does not overflow.
+struct FoldedScale {
+  static FASTATTN_INLINE F32 exponent(F32 x, F32 scale, F32 pivot) { return fms(x, scale, pivot); }
+  static FASTATTN_INLINE F32 maximum(F32 x, F32 scale) { return x * scale; }
+  static FASTATTN_INLINE F32 difference(F32 a, F32 b) { return a - b; }
+  static FASTATTN_INLINE F32 lse(F32 top, F32 sum) { return (top + log2(sum)) * splat(kLn2); }
+};
+struct NaturalScores {
+  static FASTATTN_INLINE F32 exponent(F32 x, F32, F32 pivot) { return (x - pivot) * splat(kLog2E); }
+  static FASTATTN_INLINE F32 maximum(F32 x, F32) { return x; }
+  static FASTATTN_INLINE F32 difference(F32 a, F32 b) { return (a - b) * splat(kLog2E); }
+  static FASTATTN_INLINE F32 lse(F32 top, F32 sum) { return top + log2(sum) * splat(kLn2); }
+};
 
 // Scratch of one thread, carved from one allocation.
 struct AttentionBuffers {
   float *q, *scores, *terms, *out, *k, *v, *max, *sum, *alpha;
 
   static int64_t bytes(const AttentionArgs& a) {
-    return 4 * kGranule * (a.D + 2 * kGranule + a.Dv + (a.D + 16) + (a.Dv + 16) + 3);
+    return 4 * kGranule * (a.D + 2 * kGranule + a.Dv + (a.D > a.Dv ? a.D : a.Dv) + 16 + a.Dv + 16 + 3);
   }
   AttentionBuffers(const AttentionArgs& a, void* scratch) {
     float* p = (float*)scratch;
@@ -42,7 +57,8 @@ struct AttentionBuffers {
       return at;
     };
     q = take(a.D), scores = take(kGranule), terms = take(kGranule), out = take(a.Dv);
-    k = take(a.D + 16), v = take(a.Dv + 16), max = take(1), sum = take(1), alpha = take(1);
+    k = take((a.D > a.Dv ? a.D : a.Dv) + 16), v = take(a.Dv + 16), max = take(1), sum = take(1),
+    alpha = take(1);
   }
 };
 
@@ -162,8 +178,7 @@ class AttentionForward {
         rows_(rows),
         exact_(exact),
         vectors_((rows.count + kLanes - 1) / kLanes),
-        terms_(has_score_terms(a)),
-        scale2_(terms_ ? kLog2E : a.scale * kLog2E) {}
+        terms_(has_score_terms(a)) {}
 
   void start() {
     const T* q = (const T*)a_.q.data + rows_.b * a_.q.batch + rows_.h * a_.q.head + rows_.first * a_.q.row;
@@ -184,9 +199,17 @@ class AttentionForward {
     scores(g);
     if (terms_) apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms);
     if (a_.dropout) dropout_words(a_, rows_, g.key, g.keys, keep_);
-    if (g.partial) a_.dropout ? softmax<true, true>() : softmax<true, false>();
-    else a_.dropout ? softmax<false, true>() : softmax<false, false>();
+    terms_ ? softmax<NaturalScores>(g.partial) : softmax<FoldedScale>(g.partial);
     values(g);
+  }
+
+  template <class Units>
+  void softmax(bool masked) {
+    if (masked) {
+      a_.dropout ? softmax<Units, true, true>() : softmax<Units, true, false>();
+    } else {
+      a_.dropout ? softmax<Units, false, true>() : softmax<Units, false, false>();
+    }
   }
 
   void scores(const BlockMask::Granule& g) {
@@ -200,9 +223,9 @@ class AttentionForward {
   }
 
   // Scores to probabilities, a lane vector at a time. fp32 stays in place; pairs go to `terms`.
-  template <bool MASKED, bool DROPOUT>
+  template <class Units, bool MASKED, bool DROPOUT>
   void softmax() {
-    const F32 scale = splat(scale2_);
+    const F32 scale = splat(a_.scale * kLog2E);
     rescaled_ = false;
     for (int c = 0; c < vectors_; ++c) {
       float* column = buf_.scores + c * kLanes;
@@ -225,10 +248,11 @@ class AttentionForward {
           if (j < seg.last) top0 = max(top0, load(column + j * kGranule));
         }
       }
-      const F32 before = load(buf_.max + c * kLanes), now = max(before, max(top0, top1) * scale);
+      const F32 before = load(buf_.max + c * kLanes),
+                now = max(before, Units::maximum(max(top0, top1), scale));
       // A row that has seen nothing yet has no maximum; any finite pivot gives its keys exp2(-inf) = 0.
       const F32 pivot = select(now > splat(-__builtin_inff()), now, zero());
-      const F32 alpha = exp2<5>(before - pivot);
+      const F32 alpha = exp2<5>(Units::difference(before, pivot));
       store(buf_.max + c * kLanes, now);
       store(buf_.alpha + c * kLanes, alpha);
       rescaled_ |= any(now > before);
@@ -238,15 +262,15 @@ class AttentionForward {
         if (c < seg.from || c >= seg.to) continue;
         int j = seg.first;
         for (; j + 2 <= seg.last; j += 2) {
-          F32 e0 = exp2<kExpDegree<T>>(fms(load(column + j * kGranule), scale, pivot));
-          F32 e1 = exp2<kExpDegree<T>>(fms(load(column + (j + 1) * kGranule), scale, pivot));
+          F32 e0 = exp2<kExpDegree<T>>(Units::exponent(load(column + j * kGranule), scale, pivot));
+          F32 e1 = exp2<kExpDegree<T>>(Units::exponent(load(column + (j + 1) * kGranule), scale, pivot));
           sum0 = sum0 + e0;
           sum1 = sum1 + e1;
           if constexpr (DROPOUT) e0 = kept(j, c, e0), e1 = kept(j + 1, c, e1);
           put(column, j, c, e0, e1);
         }
         if (j < seg.last) {
-          F32 e = exp2<kExpDegree<T>>(fms(load(column + j * kGranule), scale, pivot));
+          F32 e = exp2<kExpDegree<T>>(Units::exponent(load(column + j * kGranule), scale, pivot));
           sum0 = sum0 + e;
           if constexpr (DROPOUT) e = kept(j, c, e);
           put(column, j, c, e, zero());
@@ -275,12 +299,14 @@ class AttentionForward {
 
   void values(const BlockMask::Granule& g) {
     const T* v = v_ + g.key * a_.v.row;
-    Broadcast values = Operands::values(v, a_.v.row, g.keys, a_.Dv, buf_.v);
-    const float* p = kKeysPerStep == 1 ? buf_.scores : buf_.terms;
+    int64_t stride = a_.v.row;
     uint64_t poisoned = 0;
-    if constexpr (kKeysPerStep == 1) {
-      if (exact_ && g.partial) poisoned = clean_values(v, g.keys, &values);
+    if (exact_ && g.partial) {
+      poisoned = clean_values(v, g.keys);
+      if (poisoned) v = (const T*)buf_.k, stride = a_.Dv;
     }
+    const Broadcast values = Operands::values(v, stride, g.keys, a_.Dv, buf_.v);
+    const float* p = kKeysPerStep == 1 ? buf_.scores : buf_.terms;
     if (rescaled_) {
       for (int64_t d = 0; d < a_.Dv; ++d) {
         for (int c = 0; c < vectors_; ++c) {
@@ -297,36 +323,41 @@ class AttentionForward {
                                                  seg.from, seg.to);
     }
     for (int j = 0; poisoned; ++j, poisoned >>= 1) {
-      if (poisoned & 1) add_where_seen(v + j * a_.v.row, j);
+      if (poisoned & 1) add_where_seen(v_ + (g.key + j) * a_.v.row, j);
     }
   }
 
-  // Copies the granule's values with the rows that are not finite, and not seen by all, as 0; returns those.
-  uint64_t clean_values(const T* v, int keys, Broadcast* values) {
+  // The rows of V that are not finite and not seen by all; where there are any, buf_.k becomes a copy of the
+  // granule's values with those rows 0. (The granule's keys are done with.)
+  uint64_t clean_values(const T* v, int keys) {
     uint64_t poisoned = 0;
-    widen_rows(v, a_.v.row, keys, a_.Dv, buf_.v);
-    *values = {(const char*)buf_.v, 4, a_.Dv * 4};
     for (int j = 0; j < keys; ++j) {
-      float* row = buf_.v + j * a_.Dv;
       float check = 0.f;
-      for (int64_t d = 0; d < a_.Dv; ++d) check += row[d] * 0.f;
-      if (check == 0.f || words_[j] == low_bits(rows_.count)) continue;
-      poisoned |= 1ull << j;
-      for (int64_t d = 0; d < a_.Dv; ++d) row[d] = 0.f;
+      for (int64_t d = 0; d < a_.Dv; ++d) check += as_float(v[j * a_.v.row + d]) * 0.f;
+      if (check != 0.f && words_[j] != low_bits(rows_.count)) poisoned |= 1ull << j;
+    }
+    if (!poisoned) return 0;
+    T* clean = (T*)buf_.k;
+    for (int j = 0; j < keys; ++j) {
+      for (int64_t d = 0; d < a_.Dv; ++d) {
+        clean[j * a_.Dv + d] = poisoned >> j & 1 ? T{} : v[j * a_.v.row + d];
+      }
     }
     return poisoned;
   }
 
   void add_where_seen(const T* v, int j) {
-    for (int64_t d = 0; d < a_.Dv; ++d) {
-      const F32 value = splat(as_float(v[d]));
-      for (int c = 0; c < vectors_; ++c) {
-        float* at = buf_.out + d * kGranule + c * kLanes;
-        const F32 p = load(buf_.scores + j * kGranule + c * kLanes), o = load(at);
-        if (words_[j] >> (c * kLanes) & low_bits(kLanes))
-          store(at, select(visible(j, c), fma(p, value, o), o));
-      }
+    for (int r = 0; r < rows_.count; ++r) {
+      if (!(words_[j] >> r & 1)) continue;
+      const float p = probability(j, r);
+      for (int64_t d = 0; d < a_.Dv; ++d) buf_.out[d * kGranule + r] += p * as_float(v[d]);
     }
+  }
+
+  float probability(int j, int lane) const {
+    if constexpr (kKeysPerStep == 1) return buf_.scores[j * kGranule + lane];
+    const uint32_t pair = as_bits(buf_.terms[j / 2 * kGranule + lane]);
+    return from_bits(j % 2 ? pair & 0xffff0000u : pair << 16);
   }
 
   // Normalises, transposes back and stores; false where a number of the output is not finite.
@@ -334,7 +365,7 @@ class AttentionForward {
     alignas(64) float inverse[kGranule];
     for (int c = 0; c < vectors_; ++c) {
       const F32 sum = load(buf_.sum + c * kLanes), top = load(buf_.max + c * kLanes);
-      const F32 lse = (top + log2(sum)) * splat(kLn2);
+      const F32 lse = terms_ ? NaturalScores::lse(top, sum) : FoldedScale::lse(top, sum);
       store(buf_.max + c * kLanes, lse);
       store(inverse + c * kLanes, select(sum > zero(), splat(1.f) / sum, sum));
     }
@@ -379,7 +410,6 @@ class AttentionForward {
   const bool exact_;
   const int vectors_;
   const bool terms_;
-  const float scale2_;
   const T *k_ = nullptr, *v_ = nullptr;
   bool hides_keys_ = false, rescaled_ = false;
   int segments_ = 0;
@@ -388,22 +418,27 @@ class AttentionForward {
   uint64_t keep_[kGranule];
 };
 
-template <class T>
-void attention_task(const AttentionArgs& a, int64_t task, void* scratch) {
-#ifdef FASTATTN_HAS_DOT2
-  if constexpr (sizeof(T) == 2 && kExpDegree<T> == 3) {
-    if (a.D % 2 == 0) {
-      if (!AttentionForward<T, PairedOperands>::run(a, task, scratch, false)) {
-        AttentionForward<T, WidenedOperands<T>>::run(a, task, scratch, true);
-      }
-      return;
-    }
-  }
-#endif
-  if (!AttentionForward<T, WidenedOperands<T>>::run(a, task, scratch, false)) {
-    AttentionForward<T, WidenedOperands<T>>::run(a, task, scratch, true);
+template <class T, class Operands>
+void run_attention(const AttentionArgs& a, int64_t task, void* scratch) {
+  if (!AttentionForward<T, Operands>::run(a, task, scratch, false)) {
+    AttentionForward<T, Operands>::run(a, task, scratch, true);
   }
 }
+
+template <class T>
+void attention_task(const AttentionArgs& a, int64_t task, void* scratch) {
+  run_attention<T, WidenedOperands<T>>(a, task, scratch);
+}
+#ifdef FASTATTN_HAS_DOT2
+template <>
+void attention_task<BFloat16>(const AttentionArgs& a, int64_t task, void* scratch) {
+  if (a.D % 2 == 0) {
+    run_attention<BFloat16, PairedOperands>(a, task, scratch);
+  } else {
+    run_attention<BFloat16, WidenedOperands<BFloat16>>(a, task, scratch);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace fastattn

@@ -52,7 +52,8 @@ class BlockMask {
     }
     key_ = seen_lo / kGranule * kGranule;
     end_ = seen_hi;
-    if (a.block_list) {
+    if (a.block_offsets) {
+      has_bits_ = true;
       const int32_t* offsets = a.block_offsets + b * a.map_batch + h * a.map_head + first_row / kGranule;
       entry_ = a.block_list + 2 * int64_t(offsets[0]);
       entries_end_ = a.block_list + 2 * int64_t(offsets[1]);
@@ -64,7 +65,7 @@ class BlockMask {
   bool next(Granule* g) {
     g->tile = nullptr;
     bool whole = true;
-    if (entry_) {
+    if (has_bits_) {
       while (entry_ != entries_end_ && int64_t(entry_[0]) * kGranule < key_) entry_ += 2;
       if (entry_ == entries_end_) return false;
       key_ = int64_t(entry_[0]) * kGranule;
@@ -99,6 +100,7 @@ class BlockMask {
   int rows_;
   int64_t sk_, key_, end_, all_lo_, all_hi_;
   int64_t lo_[kGranule], hi_[kGranule];
+  bool has_bits_ = false;  // an empty list has no address, so the pointers cannot tell
   const int32_t *entry_ = nullptr, *entries_end_ = nullptr;
   const uint64_t* tiles_ = nullptr;
 };

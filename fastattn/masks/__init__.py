@@ -8,6 +8,7 @@ Any of them, a bool tensor or an additive float tensor serves as `mask`; attenti
 
 from .algebra import (
     And,
+    Band,
     Causal,
     CausalLowerRight,
     Chunked,
@@ -24,6 +25,7 @@ from .sparse import BigBird, BlockSparse, Dense, Fixed, Longformer, Predicate, S
 
 __all__ = [
     "And",
+    "Band",
     "BigBird",
     "BlockSparse",
     "Causal",

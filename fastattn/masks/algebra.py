@@ -242,6 +242,31 @@ class CausalLowerRight(Mask):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Band(Mask):
+    """Row i sees keys i + lo .. i + hi; None is no limit on that side. lo and hi may have any sign.
+
+    Every causal mask, sliding window and chunk of a longer sequence is one: with the first row at position p and
+    the first key at position 0, causal is Band(None, p).
+    """
+
+    lo: int | None = None
+    hi: int | None = None
+
+    def __post_init__(self) -> None:
+        check.integer("Band", "lo", self.lo, -(2**31), none_allowed=True)
+        check.integer("Band", "hi", self.hi, -(2**31), none_allowed=True)
+
+    def _dense(self, i: Tensor, j: Tensor, shape: Shape) -> Tensor:
+        seen = torch.ones_like(i == j)
+        if self.lo is not None:
+            seen = seen & (j >= i + self.lo)
+        return seen if self.hi is None else seen & (j <= i + self.hi)
+
+    def _ranges(self, shape: Shape) -> Ranges:
+        return Ranges(self.lo, self.hi)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class SlidingWindow(Mask):
     """Row i sees keys i - left .. i + right; None is no limit on that side.
 

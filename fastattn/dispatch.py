@@ -1,0 +1,108 @@
+"""Which kernel runs: a visible ordered list, each kernel with its reasons to refuse.
+
+`choose` is pure, so that `explain` prints exactly what a call would do. A forced backend that refuses raises
+with its reason. There is no other fallback anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .problem import Problem, name_of
+
+# The CPU kernel's routes by shape are the op's own rule; see csrc/ops_attention.cpp.
+Refusal = Callable[[Problem], "str | None"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """name: what backend= and explain call it. refuse: the first reason not to run a problem, or None."""
+
+    name: str
+    refuse: Refusal
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that runs and, in the order of the list, why those before it do not."""
+
+    kernel: Kernel
+    refusals: tuple[tuple[str, str], ...]
+
+
+def _refuse_gpu(p: Problem, what: str) -> str | None:
+    if p.device.type != "cuda":
+        return f"q is on {p.device.type}, not on a CUDA or ROCm device"
+    return f"no {what} attention kernel is in this version"
+
+
+def _refuse_cuda(p: Problem) -> str | None:
+    return _refuse_gpu(p, "CUDA C++")
+
+
+def _refuse_triton(p: Problem) -> str | None:
+    return _refuse_gpu(p, "Triton")
+
+
+def _refuse_cpu(p: Problem) -> str | None:
+    if p.device.type != "cpu":
+        return f"q is on {p.device.type}"
+    if p.dtype == torch.float64:
+        return "float64 is computed by the reference"
+    if p.has_tangents():
+        return "forward-mode AD needs tangents, which a custom op would silently make zero"
+    if p.alibi_slopes is not None and p.alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "alibi_slopes requires a gradient"
+    if max(p.Sq, p.Sk) >= 2**31 - 1:
+        return "sequences of 2^31 - 1 rows and more"
+    return None
+
+
+def _refuse_reference(p: Problem) -> str | None:
+    return None
+
+
+KERNELS = (
+    Kernel("cuda", _refuse_cuda),
+    Kernel("triton", _refuse_triton),
+    Kernel("cpu", _refuse_cpu),
+    Kernel("reference", _refuse_reference),
+)
+
+
+def choose(p: Problem) -> Choice:
+    """The first kernel of the list that does not refuse, or the forced one.
+
+    Raises RuntimeError where `backend=` forces a kernel that refuses, with its reason.
+    """
+    refusals = []
+    for kernel in KERNELS:
+        if p.backend is not None and kernel.name != p.backend:
+            continue
+        reason = kernel.refuse(p)
+        if reason is None:
+            return Choice(kernel, tuple(refusals))
+        refusals.append((kernel.name, reason))
+    raise RuntimeError(f"backend={p.backend!r} cannot run this call: {refusals[0][1]}")
+
+
+def features(p: Problem) -> str:
+    """The call in a line, as explain prints it."""
+    parts = [
+        f"B={p.B} Hq={p.Hq} Hkv={p.Hkv} Sq={p.Sq} Sk={p.Sk} D={p.D} Dv={p.Dv}",
+        f"{name_of(p.dtype)} on {p.device.type}",
+    ]
+    for label, given in (
+        ("bias", p.bias is not None),
+        ("alibi", p.alibi_slopes is not None),
+        (f"softcap {p.softcap}", p.softcap is not None),
+        ("sinks", p.sinks is not None),
+        (f"dropout {p.dropout_p}", p.dropout_p > 0),
+        ("gradients", p.needs_grad()),
+    ):
+        if given:
+            parts.append(label)
+    return ", ".join(parts)

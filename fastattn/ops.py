@@ -1,0 +1,95 @@
+"""The ops as torch sees them: fakes with true strides, autograd, vmap.
+
+autocast is applied above the ops, in problem.py: a registered rule would cast every float argument, LSE and
+slopes too. Forward-mode AD never comes here (dispatch.py refuses it); double backward goes through the formula
+of reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library, reference  # noqa: F401  the op library has to be loaded first
+from .masks.bits import Bits
+from .masks.lower import _transpose
+
+_FWD = tuple(
+    "q k v scale band_lo band_hi lo hi block_offsets block_list bit_tiles bias alibi_slopes softcap dropout_p "
+    "dropout_seed q_pos k_pos block_table kv_lengths k_scale v_scale sinks out_fp32".split()
+)
+
+
+def _output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [B, Hq, Sq, width] in q's order of heads and rows: the kernels' layout rule."""
+    B, H, S, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((B, S, H, width), dtype=dtype).transpose(1, 2)
+    return q.new_empty((B, H, S, width), dtype=dtype)
+
+
+@torch.library.register_fake("fastattn::attention_fwd")
+def _(q, k, v, scale, *rest):
+    out_fp32 = rest[-1]
+    out = _output_like(q, v.shape[3], torch.float32 if out_fp32 else q.dtype)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("fastattn::attention_plain")
+def _(q, k, v, scale, is_causal):
+    return _output_like(q, v.shape[3], q.dtype)
+
+
+@torch.library.register_fake("fastattn::attention_bwd")
+def _(dout, dlse, q, k, v, out, lse, *rest):
+    bias, needs, fp32 = rest[10], rest[-2], rest[-1]
+
+    def like(t: Tensor, needed: bool) -> Tensor:
+        return t.new_empty(t.shape if needed else (0,), dtype=torch.float32 if fp32 else t.dtype)
+
+    dbias = q.new_empty(0) if bias is None else like(bias, needs[3])
+    return like(q, needs[0]), like(k, needs[1]), like(v, needs[2]), dbias
+
+
+def _setup(ctx, inputs, output):
+    given = dict(zip(_FWD, inputs))
+    out, lse = output
+    names = [n for n, x in given.items() if isinstance(x, Tensor)]
+    ctx.save_for_backward(out, lse, *(given[n] for n in names))
+    ctx.names = names
+    ctx.plain = {n: x for n, x in given.items() if n not in names}
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    out, lse, *tensors = ctx.saved_tensors
+    given = {**ctx.plain, **dict(zip(ctx.names, tensors))}
+    grads: dict[str, Tensor] = {}
+    if dout is not None or dlse is not None:
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needed = dict(zip(_FWD, ctx.needs_input_grad))
+        wanted = [n for n in ("q", "k", "v", "bias") if needed[n]]
+        offsets_t = list_t = None
+        if given["block_list"] is not None:
+            n_q, n_k = ((given[n].shape[2] + 63) // 64 for n in ("q", "k"))
+            bits = Bits(given["block_offsets"], given["block_list"], given["bit_tiles"])
+            offsets_t, list_t = _transpose(bits, n_q, n_k)
+        results = torch.ops.fastattn.attention_bwd(
+            dout,
+            dlse,
+            *(given[n] for n in ("q", "k", "v")),
+            out,
+            lse,
+            *(given[n] for n in _FWD[3:10]),
+            offsets_t,
+            list_t,
+            *(given[n] for n in _FWD[10:23]),
+            [n in wanted for n in ("q", "k", "v", "bias")],
+            False,
+        )
+        grads = {n: g for n, g in zip(("q", "k", "v", "bias"), results) if n in wanted}
+    return tuple(grads.get(n) for n in _FWD)
+
+
+torch.library.register_autograd("fastattn::attention_fwd", _backward, setup_context=_setup)

@@ -1,0 +1,51 @@
+"""What every test file shares: instruction sets, threads, and the rule for errors."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import fastattn  # noqa: F401
+from fastattn import _info
+from fastattn._library import force_isa
+
+ISAS = _info.available_isas()
+
+
+@pytest.fixture
+def restore_isa():
+    yield
+    force_isa(_info.isa())
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set this machine has, forced in turn."""
+    force_isa(request.param)
+    yield request.param
+    force_isa(_info.isa())
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count; puts the old one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def task_order():
+    """Shuffles the order in which kernels take their tasks; puts the plain order back."""
+    yield torch.ops.fastattn._set_task_order
+    torch.ops.fastattn._set_task_order(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
