@@ -101,7 +101,7 @@ def _ranges_of(
         window = int(inside["sliding_window"])
         return masks.Band(offset - window, offset + window)
     if made_by == "packed_sequence_mask_function" and q_length == kv_length and offset == 0:
-        return masks.Documents(inside["packed_sequence_mask"])
+        return masks.Documents(ids=inside["packed_sequence_mask"])
     if made_by == "remap_positions_for_packed_sequence" and q_length == kv_length and offset == 0:
         # Positions rise by one inside a sequence, and the packed mask beside it keeps sequences apart: distances
         # between positions are distances between indices.

@@ -1,0 +1,168 @@
+"""The installing routes, each into a fresh environment that sees an installed torch: marked packaging.
+
+What is installed must work away from the checkout, and building must neither import nor download a torch.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK = """
+import fastattn, torch
+q = torch.randn(2, 4, 33, 16)
+out = fastattn.scaled_dot_product_attention(q, q, q, is_causal=True)
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+from fastattn import kernels, masks, tools, _info
+print(fastattn.__file__, _info.isa())
+"""
+
+
+def run(*command, cwd, **environment):
+    result = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what git tracks: nothing built, nothing ignored."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A fresh environment that finds this one's torch through a .pth file, and has no build tools of its own."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    own = sysconfig.get_path("purelib")
+    for name in ("torch", "functorch", "torchgen"):
+        if (Path(own) / name).exists():
+            (Path(site) / name).symlink_to(Path(own) / name)
+    for name in Path(own).glob("torch-*.dist-info"):
+        (Path(site) / name.name).symlink_to(name)
+    (Path(site) / "needs_of_torch.pth").write_text(f"import sys; sys.path.append({own!r})\n")
+    return python
+
+
+def installed_works(python, tmp_path):
+    where = run(python, "-c", CHECK, cwd=tmp_path)
+    assert "fastattn" in where
+    return where
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("isolation", ["isolated", "not isolated"])
+@pytest.mark.parametrize("editable", ["plain", "editable"])
+def test_pip_install(tree, python, tmp_path, isolation, editable):
+    command = [python, "-m", "pip", "install", "--no-deps"]
+    if isolation == "not isolated":
+        command.append("--no-build-isolation")
+    if editable == "editable":
+        command.append("-e")
+    out = run(*command, tree, cwd=tmp_path)
+    assert "Downloading torch" not in out and "Collecting torch" not in out
+    where = installed_works(python, tmp_path)
+    assert (str(tree) in where) == (editable == "editable")
+
+
+@pytest.mark.packaging
+def test_wheel_and_sdist(tree, python, tmp_path):
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, tree, cwd=tmp_path)
+    sdist = next(tmp_path.glob("fastattn-*.tar.gz"))
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        sdist,
+        "-w",
+        tmp_path,
+        cwd=tmp_path,
+    )
+    wheel = next(tmp_path.glob("fastattn-*.whl"))
+    assert "abi3" not in wheel.name and "none-any" not in wheel.name
+    run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
+    installed_works(python, tmp_path)
+
+
+@pytest.mark.packaging
+def test_without_torch_the_build_says_what_to_do(tree, tmp_path):
+    venv.create(tmp_path / "bare", with_pip=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    result = subprocess.run(
+        [python, "-m", "pip", "install", "--no-deps", tree],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "building needs torch 2.11 or newer" in result.stdout + result.stderr
+    assert "pip install torch==2.13.0" in result.stdout + result.stderr
+
+
+def test_an_edit_rebuilds_one_object():
+    """Every source has a rule of its own with a depfile; checked on the file, not by building."""
+    build = next(ROOT.glob("build/temp*/build.ninja"), None)
+    if build is None:
+        pytest.skip("not built in place")
+    text = build.read_text()
+    assert "depfile = $out.d" in text
+    for target in ("scalar", "avx2", "avx512", "avx512_bf16"):
+        if (ROOT / f"csrc/cpu/targets/{target}.cpp").exists() and f"{target}.o" in text:
+            assert f"build {target}.o: compile" in text
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    result = subprocess.run(
+        [sys.executable, "-c", "import fastattn"],
+        cwd=ROOT,
+        env={**os.environ, "FASTATTN_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "instruction set 'mmx' is unknown" in result.stderr and "scalar" in result.stderr
+
+
+def test_isa_units_hold_no_torch_and_no_stl():
+    """A function of theirs compiled for AVX-512 could become the copy that every machine runs."""
+    for source in [
+        *ROOT.glob("csrc/cpu/*.h"),
+        *ROOT.glob("csrc/cpu/simd/*.h"),
+        *ROOT.glob("csrc/cpu/targets/*.cpp"),
+    ]:
+        if source.name in ("targets.cpp", "select.cpp"):
+            continue
+        for line in source.read_text().splitlines():
+            if line.startswith("#include <"):
+                header = line.split("<")[1].split(">")[0]
+                allowed = header.endswith(".h") or header in ("cstdint", "cstring")
+                assert allowed and not header.startswith(("torch/", "ATen/", "c10/")), f"{source}: {line}"
