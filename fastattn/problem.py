@@ -143,7 +143,8 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]
 def _canonical(q, k, v, gqa: bool, names) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """Leading dimensions broadcast and folded to [B, H]; K and V keep their own number of heads."""
     if q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
-        if q.shape[1] == k.shape[1] == v.shape[1]:
+        Hq, Hkv = q.shape[1], k.shape[1]
+        if v.shape[1] == Hkv and (Hq == Hkv or (gqa and Hkv > 0 and Hq % Hkv == 0)):
             return q, k, v, tuple(q.shape[:2])
     if q.dim() == 2:
         lead: tuple[int, ...] = ()
