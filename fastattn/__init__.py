@@ -2,13 +2,17 @@
 
 from . import masks, reference
 from .functional import attention, explain, scaled_dot_product_attention
+from .swap import SwapReport, restore, swap
 from .version import __version__
 
 __all__ = [
     "__version__",
+    "SwapReport",
     "attention",
     "explain",
     "masks",
     "reference",
+    "restore",
     "scaled_dot_product_attention",
+    "swap",
 ]

@@ -203,6 +203,10 @@ def attention_function(
     return out.transpose(1, 2).contiguous(), seen
 
 
+# The keywords that the attention function takes.
+SERVED = _HARMLESS | frozenset(inspect.signature(attention_function).parameters)
+
+
 def register() -> None:
     """Makes `attn_implementation="fastattn"` known to transformers; calling it again changes nothing.
 

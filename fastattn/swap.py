@@ -1,0 +1,314 @@
+"""`swap(model)`: a model's attention, norms and softmax on fastattn's kernels, in place; `restore(model)`: back.
+
+A replaced module stays the object it was. Its class is changed to a subclass of its class whose `forward` calls
+fastattn, and nothing is written into the instance. So parameters, `state_dict`, optimizers, references held
+elsewhere and `isinstance` see no difference, `torch.compile` guards on the class and recompiles by itself, and a
+deep copy or a pickle carries the replacement along, with the way back in the class. (A `forward` bound to the
+instance would not survive pickling; a new module in the parent's place would leave other references to the old
+one and lose its hooks.)
+
+transformers' models are switched by their own attention interface, see `fastattn.integrations`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .problem import DTYPES, name_of
+from .recognise import Norm, is_candidate, recognise
+from .swap_report import Entry, SwapReport
+
+
+class StandIn:
+    """Base of the classes of replaced modules; `type(module).original` is the class they had."""
+
+    original: type[nn.Module]
+    recipe: tuple[type, tuple]
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: a pickle holds how to make it.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _blank, (self.original, *self.recipe), state
+
+
+class _LayerNorm(StandIn):
+    def forward(self, input: Tensor) -> Tensor:
+        from .rows import layer_norm
+
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _RMSNorm(StandIn):
+    def forward(self, input: Tensor) -> Tensor:
+        from .rows import rms_norm
+
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
+
+
+class _Softmax(StandIn):
+    def forward(self, input: Tensor) -> Tensor:
+        from .rows import softmax
+
+        return softmax(input, self.dim)
+
+
+class _RecognisedNorm(StandIn):
+    """A norm known by its behaviour, with the dtype rules of the class it stands in for."""
+
+    norm: Norm
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        from . import rows
+
+        norm = self.norm
+        (x,) = (*inputs, *named.values())
+        weight = getattr(self, "weight", None)
+        dtype = x.dtype
+        if weight is not None and weight.dtype != dtype:
+            wider = torch.promote_types(dtype, weight.dtype)
+            if norm.follows_weight[0 if wider != dtype else 1]:
+                dtype = weight.dtype
+                x = x.to(wider)
+        eps = getattr(self, norm.eps_name)
+        if norm.kind == "rms_norm":
+            y = rows.rms_norm(x, x.shape[-1:], weight, eps, weight_offset=norm.weight_offset)
+        else:
+            y = rows.layer_norm(x, x.shape[-1:], weight, getattr(self, "bias", None), eps)
+        return y.to(dtype)
+
+
+@functools.cache
+def _class_for(original: type, base: type, options: tuple) -> type:
+    """The class of instances of `original` replaced by `base`; options are class attributes (name, value)."""
+    bases = (base, original) if issubclass(base, StandIn) else (StandIn, base)
+
+    def body(namespace):
+        namespace |= {
+            **dict(options),
+            "original": original,
+            "recipe": (base, options),
+            "__doc__": f"{original.__name__} on fastattn's kernels.",
+            "__module__": __name__,
+        }
+
+    return types.new_class(f"Fused{original.__name__}", bases, exec_body=body)
+
+
+def _blank(original: type, base: type, options: tuple) -> nn.Module:
+    made = _class_for(original, base, options)
+    return made.__new__(made)
+
+
+def _needs_dim(module: nn.Softmax) -> str | None:
+    return "dim is None: torch guesses it from the rank" if module.dim is None else None
+
+
+def _no_objection(module: nn.Module) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What stands in for a class of torch.
+
+    base: a StandIn, or a subclass of the class with the same attributes; None where this version has none.
+    part: the part of fastattn it needs. objection: why an instance is not replaced.
+    """
+
+    original: type[nn.Module]
+    base: type | None
+    part: str
+    objection: Callable[[nn.Module], str | None] = _no_objection
+
+
+REPLACEMENTS = (
+    Replacement(nn.LayerNorm, _LayerNorm, "fastattn.rows"),
+    Replacement(nn.RMSNorm, _RMSNorm, "fastattn.rows"),
+    Replacement(nn.Softmax, _Softmax, "fastattn.rows", _needs_dim),
+    Replacement(nn.MultiheadAttention, None, "fastattn.nn"),
+    Replacement(nn.TransformerEncoderLayer, None, "fastattn.nn"),
+    Replacement(nn.TransformerDecoderLayer, None, "fastattn.nn"),
+    Replacement(nn.TransformerEncoder, None, "fastattn.nn"),
+    Replacement(nn.TransformerDecoder, None, "fastattn.nn"),
+    Replacement(nn.Transformer, None, "fastattn.nn"),
+)
+
+
+@functools.cache
+def _missing(part: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(part)
+    except ImportError:
+        found = None
+    return None if found else f"no {part} module in this version"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def objection(module: nn.Module) -> str | None:
+    """Why an instance is left as it is whatever its class; None where nothing speaks against replacing it."""
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance"
+    if hasattr(module, "parametrizations"):
+        return "its parameters are parametrised"
+    hooks = sum(len(getattr(module, name, ())) for name in _HOOKS)
+    if hooks:
+        return f"{hooks} hook{'s' * (hooks > 1)} on it"
+    for name, p in module.named_parameters(recurse=False):
+        if type(p) is not nn.Parameter:
+            return f"{name} is a {type(p).__name__}, a tensor subclass"
+        if p.is_quantized or not p.is_floating_point():
+            return f"{name} is quantised ({name_of(p.dtype)})"
+        if p.is_meta:
+            return f"{name} is on the meta device"
+        if p.dtype not in DTYPES:
+            return f"{name} is {name_of(p.dtype)}, which no kernel takes"
+    return None
+
+
+def _torch_module(path: str, module: nn.Module) -> tuple[Entry, type | None] | None:
+    """The entry and the new class of an instance of torch's classes, None for any other module."""
+    for r in REPLACEMENTS:
+        if not isinstance(module, r.original):
+            continue
+        entry = Entry(path, type(module).__name__)
+        if type(module).forward is not r.original.forward:
+            return replace(entry, reason="a subclass with its own forward"), None
+        reason = _missing(r.part) or objection(module) or r.objection(module)
+        if reason is None and r.base is None:
+            reason = f"{r.part} has no {r.original.__name__}"
+        if reason is not None:
+            return replace(entry, reason=reason), None
+        made = _class_for(type(module), r.base, ())
+        return replace(entry, after=made.__name__), made
+    return None
+
+
+def _recognised_module(path: str, module: nn.Module, known: dict) -> tuple[Entry, type | None] | None:
+    """The same for a norm of another library; `known` keeps what equal instances were found to be."""
+    if not is_candidate(module):
+        return None
+    entry = Entry(path, type(module).__name__)
+    reason = objection(module) or _missing("fastattn.rows")
+    if reason is None:
+        simple = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+        simple.pop("training", None)
+        shapes = tuple((n, p.shape) for n, p in module.named_parameters())
+        key = (type(module), tuple(simple.items()), shapes)
+        found = known.get(key)
+        if found is None:
+            found = known[key] = recognise(module)
+        if isinstance(found, Norm):
+            made = _class_for(type(module), _RecognisedNorm, (("norm", found),))
+            return replace(entry, after=f"{made.__name__} ({found})"), made
+        reason = found
+    # A leaf with a weight and some small number is a norm to speak of only if it says so.
+    return (replace(entry, reason=reason), None) if "norm" in type(module).__name__.lower() else None
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def swap(model: nn.Module, dry_run: bool = False) -> SwapReport:
+    """Puts a model's attention, norms and softmax on fastattn's kernels, in place.
+
+    Replaced are instances of torch.nn's LayerNorm, RMSNorm and Softmax; norms that model libraries define
+    themselves, recognised by running a copy on a probe input; and the attention of transformers models, through
+    transformers' attention and mask interfaces. A module that has hooks, quantised or tensor-subclass parameters
+    or a forward of its own is left in place and named in the report; so is everything in a model on the meta
+    device. Calling it again changes nothing. Where an error occurs half-way, what was done is undone.
+
+    Args:
+        model: any module. It stays the same object, and so do its modules and parameters.
+        dry_run: only report what would be done.
+
+    Returns:
+        A SwapReport; `print` it for a table.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    meta = _is_meta(model)
+    entries: list[Entry] = []
+    classes: list[tuple[nn.Module, type]] = []
+    known: dict = {}
+    for path, module in model.named_modules():
+        if isinstance(module, StandIn):
+            entries.append(Entry(path, type(module).original.__name__, type(module).__name__, already=True))
+            continue
+        found = _torch_module(path, module) or _recognised_module(path, module, known)
+        if found is None:
+            continue
+        entry, made = found
+        if made is not None and meta:
+            entry, made = replace(entry, after=None, reason="the model is on the meta device"), None
+        entries.append(entry)
+        if made is not None:
+            classes.append((module, made))
+    switches = []
+    if "transformers" in sys.modules:
+        from .integrations import models
+
+        found_entries, switches = models.plan(model, "the model is on the meta device" if meta else None)
+        entries += found_entries
+    if not dry_run:
+        _apply(model, classes, switches)
+    order = {path: n for n, (path, _) in enumerate(model.named_modules())}
+    entries.sort(key=lambda entry: order[entry.path])
+    return SwapReport(tuple(entries), dry_run)
+
+
+def _apply(model: nn.Module, classes: list[tuple[nn.Module, type]], switches: list) -> None:
+    done: list[nn.Module] = []
+    try:
+        for switch in switches:
+            switch.apply()
+        for module, made in classes:
+            module.__class__ = made
+            done.append(module)
+    except BaseException:
+        for module in done:
+            module.__class__ = type(module).original
+        for switch in switches:
+            switch.undo()
+        raise
+
+
+def restore(model: nn.Module) -> SwapReport:
+    """Undoes `swap`: every module has its own class and every config its attention implementation again.
+
+    The modules and parameters are the same objects as before `swap`. Works on deep copies and unpickled models
+    too. A config whose attention implementation was changed after `swap` is left alone. On a model that was not
+    swapped it does nothing.
+
+    Returns:
+        A SwapReport of what was put back.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    entries = []
+    for path, module in model.named_modules():
+        if isinstance(module, StandIn):
+            before = type(module).__name__
+            module.__class__ = type(module).original
+            entries.append(Entry(path, before, type(module).__name__))
+        if "transformers" in sys.modules:
+            from .integrations import models
+
+            entries += models.put_back(path, module)
+    return SwapReport(tuple(entries), action="restore")
