@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../attention_args.h"
+#include "../ceiling_kinds.h"
 
 namespace fastattn {
 
@@ -11,6 +12,7 @@ struct KernelTable {
   // Indexed by Storage.
   AttentionTask attention[3];
   AttentionScratch attention_scratch;
+  CeilingLoop ceiling;
 };
 
 }  // namespace fastattn
