@@ -1,0 +1,74 @@
+"""What this machine can do at most, measured in the same run as the numbers that are printed as shares of it.
+
+Arithmetic ceilings are register loops of fused multiply-adds, bf16 dot products or bf16 tile products;
+memory ceilings read or copy a working set of the size in question, through the caches or past them. All
+threads of the current thread count run at once, on random data (`csrc/cpu/ceilings.h`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# What bounds a dtype's arithmetic: the best of these on the chosen instruction set.
+ARITHMETIC = {
+    "fp32": ("fma_f32",),
+    "bf16": ("tile_bf16", "dot_bf16", "fma_f32"),
+    "fp16": ("fma_f32",),
+    "fp64": ("fma_f32",),
+}
+MEMORY = {"read": ("read",), "copy": ("copy", "copy_stream")}
+
+# A working set beyond any cache; larger ones cost time to fill and change nothing.
+LARGEST_SET = 1 << 29
+
+
+# Another process may have slowed a measurement: it is repeated this often, and the best one counts.
+SECONDS_BETWEEN = 10.0
+
+
+class Ceilings:
+    """Ceilings of one device at the current thread count, measured when asked for; the best of a run counts.
+
+    measure: (kind, seconds, bytes) -> FLOP/s or bytes/s, 0 where the machine has no such instruction; by
+    default the compiled op, and no ceilings at all where it is missing or the device is not the CPU.
+    """
+
+    def __init__(self, device: str = "cpu", measure: Callable[[str, float, int], float] | None = None):
+        if measure is None and device == "cpu":
+            measure = getattr(torch.ops.fastattn, "measure_ceiling", None)
+        self._measure = measure
+        self._rates: dict[tuple[str, int], float] = {}
+        self._when: dict[tuple[str, int], float] = {}
+
+    def rate(self, ceiling: str, bytes: float | None = None) -> float | None:
+        """FLOP/s of a dtype's arithmetic, or bytes/s of "read" or "copy" over a working set of `bytes`.
+
+        A copy's bytes are those read plus those written. None where it cannot be measured.
+        """
+        if self._measure is None:
+            return None
+        kinds = ARITHMETIC.get(ceiling) or MEMORY[ceiling]
+        size = 0
+        if ceiling in MEMORY:
+            # Rounded up to a power of two: neighbours share a measurement.
+            size = min(1 << max(14, (int(bytes or LARGEST_SET) - 1).bit_length()), LARGEST_SET)
+        return max(self._kind(kind, size) for kind in kinds) or None
+
+    def _kind(self, kind: str, size: int) -> float:
+        key = kind, size
+        if time.monotonic() - self._when.get(key, -SECONDS_BETWEEN) >= SECONDS_BETWEEN:
+            self._rates[key] = max(self._rates.get(key, 0.0), float(self._measure(kind, 0.1, size)))
+            self._when[key] = time.monotonic()
+        return self._rates[key]
+
+    def measured(self) -> list[dict[str, Any]]:
+        """Every ceiling measured so far, for the JSON."""
+        return [
+            {"kind": kind, "bytes": size or None, "rate": rate}
+            for (kind, size), rate in self._rates.items()
+            if rate
+        ]

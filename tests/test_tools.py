@@ -1,0 +1,546 @@
+"""The tools behind `python -m fastattn`: the workload table, the runner on fakes, ceilings, rivals,
+reports."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fastattn.tools import cases, ceilings, mask, report, rivals, runner, workloads
+from fastattn.tools.families import FAMILIES, AttentionShape, family_of, granule_fraction
+
+SMALL = [
+    AttentionShape(2, 4, 70, 8, hkv=2),
+    AttentionShape(1, 2, 37, 8, sk=150),
+    AttentionShape(3, 1, 150, 8, sk=37),
+    AttentionShape(1, 1, 1, 8),
+]
+EVERY_ROW = [row for suite in workloads.SUITES.values() for row in suite.rows] + workloads.verify_rows()
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def brute_pairs(family, shape):
+    dense = family.dense(shape)
+    if dense is None:
+        return shape.b * shape.hq * shape.sq * shape.sk
+    return int(dense.expand(shape.b, shape.hq, shape.sq, shape.sk).sum())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_visible_pairs_are_those_of_the_dense_mask(name):
+    for shape in SMALL:
+        assert FAMILIES[name].visible_pairs(shape) == brute_pairs(FAMILIES[name], shape), shape
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "none"])
+def test_a_family_is_the_same_mask_written_twice(name):
+    for shape in SMALL:
+        dense = FAMILIES[name].dense(shape).expand(shape.b, shape.hq, shape.sq, shape.sk)
+        algebra = FAMILIES[name].mask(shape).to_dense(shape.sq, shape.sk, shape.b, shape.hq)
+        assert torch.equal(dense, algebra), shape
+
+
+def test_granule_fraction_counts_blocks_with_anything_in_them():
+    dense = torch.zeros(130, 200, dtype=torch.bool)
+    assert granule_fraction(dense, 130, 200) == 0
+    dense[129, 199] = dense[0, 63] = True
+    assert granule_fraction(dense, 130, 200) == pytest.approx(2 / 12)
+    assert FAMILIES["causal"].granule_fraction(AttentionShape(1, 1, 256, 8)) == pytest.approx(10 / 16)
+
+
+def test_padding_hides_its_share_on_average():
+    for percent in (25, 50, 75):
+        for batch in (1, 8):
+            shape = AttentionShape(batch, 1, 1024, 8)
+            hidden = 1 - FAMILIES[f"padding{percent}"].visible_pairs(shape) / (batch * 1024 * 1024)
+            assert hidden == pytest.approx(percent / 100, abs=0.01)
+
+
+def loop_flops(row):
+    """Multiply-adds of a naive attention, counted one at a time."""
+    shape, flops = row.shape, 0
+    dense = FAMILIES[row.mask].dense(shape)
+    for b in range(shape.b):
+        for h in range(shape.hq):
+            for i in range(shape.sq):
+                for j in range(shape.sk):
+                    seen = dense is None or dense.expand(shape.b, shape.hq, shape.sq, shape.sk)[b, h, i, j]
+                    flops += 2 * (shape.d + shape.dv) if seen else 0
+    return flops
+
+
+@pytest.mark.parametrize("name", ["none", "causal", "padding50", "window16", "blocks25"])
+def test_flops_are_visible_multiply_adds(name):
+    row = workloads.Workload("x", "attention", "bf16", AttentionShape(2, 2, 20, 8, hkv=1, sk=30, dv=12), name)
+    assert row.unit == "flops"
+    assert row.ceiling == "bf16"
+    assert row.work == loop_flops(row)
+    assert dataclasses.replace(row, training=True).work == 3.5 * row.work
+
+
+def test_flops_of_the_plain_square_are_four_b_h_s_s_d():
+    row = workloads.Workload("x", "attention", "fp32", AttentionShape(8, 12, 512, 64))
+    assert row.work == 4 * 8 * 12 * 512 * 512 * 64
+
+
+def test_decode_counts_visible_keys_and_values_once_a_group():
+    shape = AttentionShape(4, 32, 1, 128, hkv=8, sk=4096)
+    row = workloads.Workload("x", "attention", "bf16", shape, features=("decode",))
+    assert (row.unit, row.ceiling) == ("bytes", "read")
+    assert row.work == 2 * (4 * 8 * 4096 * 128) * 2
+    assert dataclasses.replace(row, mask="padding50").work == pytest.approx(row.work / 2)
+
+
+@pytest.mark.parametrize(
+    ("op", "tensors", "vectors"),
+    [
+        ("softmax", 2, 0),
+        ("layer_norm", 2, 2),
+        ("rms_norm", 2, 1),
+        ("add_layer_norm", 4, 2),
+        ("add_rms_norm", 4, 1),
+    ],
+)
+def test_bytes_of_row_operations(op, tensors, vectors):
+    row = workloads.Workload("x", op, "bf16", workloads.RowShape(10, 7))
+    assert row.work == 2 * (tensors * 70 + vectors * 7)
+    assert row.ceiling == "copy"
+
+
+def test_names_are_unique_and_every_row_says_what_it_costs():
+    for suite in [*(suite.rows for suite in workloads.SUITES.values()), workloads.verify_rows()]:
+        names = [row.name for row in suite]
+        assert len(set(names)) == len(names)
+    for row in EVERY_ROW:
+        assert row.dtype in workloads.DTYPES
+        assert set(row.features) <= set(workloads.FEATURES)
+        assert all(limit.floor > 0 for limit in row.limits)
+
+
+def test_suites_have_rows_and_a_quick_form_or_say_why_not():
+    for suite in workloads.SUITES.values():
+        quick = workloads.select(suite.name, quick=True)
+        assert bool(suite.rows) != bool(suite.missing)
+        assert bool(quick) == bool(suite.rows)
+        assert len(quick) < max(len(suite.rows), 1)
+
+
+def test_only_matches_parts_and_patterns():
+    assert all("causal" in row.name for row in workloads.select("cpu-forward", only="causal"))
+    assert [row.name for row in workloads.select("cpu-forward", only="fp32-*latency")] == [
+        "fp32-b1-h1-s1-d64-none-latency"
+    ]
+    assert workloads.select("cpu-forward", only="nothing like it") == []
+
+
+def test_verify_covers_every_op_dtype_and_mask():
+    rows = workloads.verify_rows()
+    assert {row.op for row in rows} == {"attention", *workloads.ROW_TRAFFIC}
+    assert {row.mask for row in rows} >= set(workloads.VERIFY_MASKS)
+    assert {row.spelling for row in rows} == {"flag", "object", "bool", "additive", "prepared"}
+    for dtype in ("fp32", "bf16", "fp16"):
+        assert {row.shape for row in rows if row.dtype == dtype} == {row.shape for row in rows}
+    assert len(workloads.verify_rows(quick=True)) < len(rows) / 3
+
+
+def test_cases_give_both_sides_the_same_numbers():
+    row = workloads.Workload(
+        "x", "attention", "fp32", AttentionShape(2, 4, 33, 16, hkv=2), "padding50", "bool"
+    )
+    case = cases.build(row)
+    torch.testing.assert_close(case.variants["ours"](), case.variants["torch"]())
+    again = cases.build(row)
+    assert torch.equal(case.inputs["q"], again.inputs["q"])
+
+
+def test_what_this_version_lacks_is_not_available():
+    with pytest.raises(cases.NotAvailable, match=r"fastattn\.no_such_thing is not in this version"):
+        cases.library("no_such_thing")
+
+
+# -- the runner ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that only the fake variants advance."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def variant(self, name, *durations):
+        """Takes the durations in turn, the last one ever after."""
+        left = list(durations)
+
+        def call():
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def test_measure_takes_variants_in_turn_and_turns_the_order():
+    clock = Clock()
+    variants = {"a": clock.variant("a", 1.0), "b": clock.variant("b", 2.0)}
+    timings = runner.measure(variants, budget=8.0, rounds=(4, 10), clock=clock)
+    assert "".join(clock.calls) == "aabb" + "abba" * 2
+    assert timings["a"].samples == (1.0,) * 4
+    assert timings["b"].rounds == (0, 1, 2, 3)
+    assert runner.ratio(timings["b"], timings["a"]) == (2.0, (2.0, 2.0))
+
+
+def test_measure_separates_the_first_call_and_repeats_short_ones():
+    clock = Clock()
+    timings = runner.measure({"a": clock.variant("a", 3.0, 1e-5)}, budget=0.0, rounds=(2, 2), clock=clock)
+    assert timings["a"].first == 3.0
+    assert len(clock.calls) == 2 + 2 * 20
+    assert timings["a"].median == pytest.approx(1e-5)
+
+
+def test_measure_stops_at_the_budget_and_lets_slow_variants_sit_out():
+    clock = Clock()
+    variants = {"fast": clock.variant("fast", 0.01), "slow": clock.variant("slow", 1.0)}
+    timings = runner.measure(variants, budget=2.5, rounds=(5, 1000), clock=clock)
+    assert len(timings["slow"].samples) == 3
+    assert len(timings["fast"].samples) >= 5
+    assert runner.ratio(timings["slow"], timings["fast"])[0] == pytest.approx(100)
+    clock = Clock()
+    timings = runner.measure({"a": clock.variant("a", 0.1)}, budget=1.0, rounds=(5, 1000), clock=clock)
+    assert len(timings["a"].samples) == 10
+
+
+def test_a_ratio_is_taken_within_rounds():
+    slow_machine = runner.Timing((1.0, 10.0, 1.0), 0.0, (0, 1, 2))
+    half = runner.Timing((0.5, 5.0, 0.5), 0.0, (0, 1, 2))
+    assert runner.ratio(slow_machine, half)[0] == 2.0
+    sat_out = runner.Timing((5.0,), 0.0, (1,))
+    assert runner.ratio(slow_machine, sat_out)[0] == 2.0
+
+
+def test_quartiles_interpolate():
+    assert runner.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 4.0)
+    assert runner.quartiles([1.0, 2.0]) == (1.25, 1.75)
+    assert runner.quartiles([7.0]) == (7.0, 7.0)
+
+
+ROW = workloads.Workload(
+    "cpu-forward",
+    "attention",
+    "bf16",
+    AttentionShape(1, 2, 64, 16),
+    limits=(workloads.Limit("torch", 2.0), workloads.Limit("absent", 1.0)),
+)
+AREA = dataclasses.replace(ROW, suite="masks", mask="window16", features=("area",), limits=())
+
+
+def fake_build(clock_factors):
+    """A build whose variants take fixed times on the wall clock of measure."""
+
+    def build(row, device="cpu"):
+        if row.dtype == "fp16":
+            raise cases.NotAvailable("no fp16 today")
+        if row.dtype == "fp64":
+            raise RuntimeError("broken\nsecond line")
+        return cases.Case(row, dict(clock_factors), {}, row.limits, 0.25, "cpu")
+
+    return build
+
+
+@pytest.fixture
+def fake_bench(monkeypatch):
+    """run(rows) -> the bench of rows whose variants take 1 ms (ours), 3 ms (torch) and 4 ms (unmasked)."""
+    clock = Clock()
+    variants = {
+        "ours": clock.variant("ours", 1e-3),
+        "torch": clock.variant("torch", 3e-3),
+        "unmasked": clock.variant("unmasked", 4e-3),
+    }
+    real = runner.measure
+    monkeypatch.setattr(runner, "build", fake_build(variants))
+    monkeypatch.setattr(runner, "measure", lambda v, **options: real(v, **{**options, "clock": clock}))
+    monkeypatch.setattr(
+        runner, "Ceilings", lambda device: ceilings.Ceilings(device, lambda kind, seconds, size: 1e12)
+    )
+
+    def run(rows, **options):
+        return runner.run_suite(rows, runner.Options(threads=(1,), budget=0.01, rivals=False, **options))
+
+    return run
+
+
+def test_a_bench_row_has_times_ratios_share_and_verdicts(fake_bench):
+    before = torch.get_num_threads()
+    bench = fake_bench([ROW, dataclasses.replace(ROW, dtype="fp16"), dataclasses.replace(ROW, dtype="fp64")])
+    assert torch.get_num_threads() == before
+    row, missing, failed = bench["rows"]
+    assert row["times"]["ours"]["median"] == pytest.approx(1e-3)
+    assert row["ratios"]["torch"]["median"] == pytest.approx(3.0)
+    assert row["rate"] == pytest.approx(ROW.work / 1e-3)
+    assert row["share"] == pytest.approx(ROW.work / 1e-3 / 1e12)
+    assert [limit["met"] for limit in row["limits"]] == [True, None]
+    assert not row["noisy"]
+    assert row["kernel"] == "cpu"
+    assert missing["missing"] == "no fp16 today"
+    assert failed["failed"] == "RuntimeError: broken"
+    assert bench["schema"] == runner.SCHEMA
+    assert bench["machine"]["torch"] == torch.__version__
+    json.dumps(bench)
+
+
+def test_a_missed_floor_is_told(fake_bench):
+    strict = dataclasses.replace(ROW, limits=(workloads.Limit("torch", 3.5),))
+    bench = fake_bench([strict])
+    assert bench["rows"][0]["limits"][0]["met"] is False
+    assert report.missed(bench) == [f"cpu-forward {strict.name} (1 thread): 3.00 over torch, floor 3.50"]
+
+
+def test_benches_are_saved_loaded_and_refused(fake_bench, tmp_path):
+    bench = fake_bench([ROW])
+    runner.save(bench, tmp_path / "a.json")
+    assert runner.load(tmp_path / "a.json") == json.loads(json.dumps(bench))
+    (tmp_path / "b.json").write_text("not json")
+    with pytest.raises(ValueError, match=r"b\.json is not a bench result"):
+        runner.load(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text('{"schema": 99, "rows": []}')
+    with pytest.raises(ValueError, match="schema 99, this version reads schema 1"):
+        runner.load(tmp_path / "c.json")
+    (tmp_path / "d.json").write_text("[]")
+    with pytest.raises(ValueError, match="no schema and rows"):
+        runner.load(tmp_path / "d.json")
+
+
+def test_compare_reads_ratios_and_knows_noise(fake_bench):
+    old = json.loads(json.dumps(fake_bench([ROW])))
+    new = json.loads(json.dumps(old))
+    assert [change["verdict"] for change in runner.compare(old, new)] == ["same"]
+    # Twice as slow a machine changes times, not ratios.
+    for time in new["rows"][0]["times"].values():
+        time["median"] *= 2
+    assert [change["verdict"] for change in runner.compare(old, new)] == ["same"]
+    new["rows"][0]["ratios"]["torch"] = {"median": 4.0, "quartiles": [3.9, 4.1]}
+    (change,) = runner.compare(old, new)
+    assert change["verdict"] == "faster"
+    assert change["change"] == pytest.approx(4 / 3)
+    assert [c["verdict"] for c in runner.compare(new, old)] == ["slower"]
+    new["rows"][0]["ratios"]["torch"]["quartiles"] = [2.0, 6.0]
+    assert [c["verdict"] for c in runner.compare(old, new)] == ["same"]
+    new["rows"][0]["threads"] = 2
+    assert runner.compare(old, new) == []
+
+
+# -- ceilings and rivals -------------------------------------------------------------------------------------
+
+
+def test_ceilings_take_the_best_kind_and_share_measurements(monkeypatch):
+    asked = []
+
+    def measure(kind, seconds, size):
+        asked.append((kind, size))
+        return {"tile_bf16": 0.0, "dot_bf16": 2e11, "fma_f32": 1e11}.get(kind, 1e10 + len(asked))
+
+    peaks = ceilings.Ceilings("cpu", measure)
+    assert peaks.rate("bf16") == 2e11
+    assert peaks.rate("fp32") == 1e11
+    assert asked == [("tile_bf16", 0), ("dot_bf16", 0), ("fma_f32", 0)]
+    first = peaks.rate("read", 1_000_000)
+    assert peaks.rate("read", 600_000) == first
+    assert asked[3:] == [("read", 1 << 20)]
+    peaks.rate("copy", 1 << 40)
+    assert asked[4:] == [("copy", ceilings.LARGEST_SET), ("copy_stream", ceilings.LARGEST_SET)]
+    monkeypatch.setattr(ceilings, "SECONDS_BETWEEN", 0.0)
+    assert peaks.rate("read", 1_000_000) > first
+    assert {entry["kind"] for entry in peaks.measured()} == {
+        "dot_bf16",
+        "fma_f32",
+        "read",
+        "copy",
+        "copy_stream",
+    }
+
+
+def test_no_ceilings_without_a_way_to_measure():
+    peaks = ceilings.Ceilings("cuda")
+    assert peaks.rate("bf16") is None
+    assert peaks.measured() == []
+
+
+@pytest.mark.parametrize("kind", ["fma_f32", "read", "copy", "copy_stream"])
+def test_the_machine_has_ceilings(kind):
+    assert torch.ops.fastattn.measure_ceiling(kind, 0.01, 1 << 16) > 1e7
+
+
+def test_ceilings_refuse_bad_arguments():
+    with pytest.raises(RuntimeError, match="kind must be one of fma_f32.*got 'fast'"):
+        torch.ops.fastattn.measure_ceiling("fast", 0.01, 0)
+    with pytest.raises(RuntimeError, match="seconds must be in"):
+        torch.ops.fastattn.measure_ceiling("read", 0.0, 0)
+    with pytest.raises(RuntimeError, match="bytes must not be negative"):
+        torch.ops.fastattn.measure_ceiling("read", 0.01, -1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 300 * 1024, 1024 * 1024 + 5])
+def test_read_once_reads_whole_blocks(size):
+    data = torch.zeros(size + 1, dtype=torch.uint8)
+    assert torch.ops.fastattn.read_once(data[:size]) == size // 1024 * 1024
+    assert torch.ops.fastattn.read_once(data[1:]) == size // 1024 * 1024
+
+
+def test_rivals_answer_or_say_why_not():
+    def fine(case):
+        return lambda: 1
+
+    def absent(case):
+        raise rivals.Absent("not here")
+
+    def broken(case):
+        return lambda: 1 / 0
+
+    case = cases.Case(ROW, {}, {})
+    found, reasons, setup = rivals.variants(
+        case, (rivals.Rival("a", fine), rivals.Rival("b", absent), rivals.Rival("c", broken))
+    )
+    assert list(found) == list(setup) == ["a"]
+    assert reasons == {"b": "not here", "c": "it failed here: ZeroDivisionError: division by zero"}
+
+
+def test_rivals_that_are_not_installed_are_named():
+    with pytest.raises(rivals.Absent, match="no-such-package is not installed"):
+        rivals._module("no_such_package", "no-such-package")
+
+
+def test_every_rival_has_a_reason_or_an_answer_of_the_right_values():
+    row = workloads.Workload(
+        "x", "attention", "fp32", AttentionShape(1, 4, 64, 16, hkv=2), "window16", "object"
+    )
+    case = cases.build(row)
+    eager = [rival for rival in rivals.RIVALS if rival.name not in ("flex_attention", "torch.compile")]
+    found, reasons, _ = rivals.variants(case, tuple(eager))
+    assert set(found) | set(reasons) == {rival.name for rival in eager}
+    for call in found.values():
+        torch.testing.assert_close(call(), case.variants["torch"](), atol=1e-5, rtol=1e-4)
+
+
+# -- reports -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.5, "2.5 s"), (1.234e-3, "1.23 ms"), (5e-6, "5 us"), (7e-9, "7 ns"), (None, "-")]
+)
+def test_seconds(value, text):
+    assert report.seconds(value) == text
+
+
+def test_rates_and_counts():
+    assert report.rate(2.34e11, "flops") == "234 GF/s"
+    assert report.rate(2.34e12, "flops") == "2.34 TF/s"
+    assert report.rate(2.34e10, "bytes") == "23.4 GB/s"
+    assert [report.count_of(n, "thread") for n in (1, 2)] == ["1 thread", "2 threads"]
+
+
+def test_tables_line_up_and_escape():
+    text = report.plain_table("title", ("a", "long column"), [("first", "1"), ("b", "22")])
+    assert text.splitlines() == [
+        "title",
+        "a      long column",
+        "-----  -----------",
+        "first            1",
+        "b               22",
+    ]
+    assert report.markdown_table(("a", "b"), [("x|y", "1")]) == "| a | b |\n|---|--:|\n| x\\|y | 1 |\n"
+
+
+def test_bench_cells_tell_everything(fake_bench):
+    bench = fake_bench([ROW, AREA, dataclasses.replace(ROW, dtype="fp16")])
+    cells = dict(zip(report.COLUMNS, report.bench_cells(bench["rows"][0]), strict=True))
+    assert cells["x torch"] == "3.00"
+    assert cells["floor"] == "2.00 ok; 1.00 over absent ? (got not measured)"
+    assert report.bench_cells(bench["rows"][2])[2] == "not available"
+    text = report.bench_markdown(bench)
+    assert "### cpu-forward" in text
+    assert "### masks" in text
+
+
+def test_plots_are_pictures(fake_bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    areas = [
+        dataclasses.replace(AREA, mask=name, spelling="object") for name in ("window16", "window64", "causal")
+    ]
+    bench = fake_bench([ROW, *areas])
+    written = report.plot(bench, tmp_path / "out.png")
+    assert [path.name for path in written] == ["out-cpu-forward.png", "out-masks.png"]
+    for path in written:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="nothing to draw"):
+        report.plot({"rows": [], "machine": bench["machine"]}, tmp_path / "none.png")
+
+
+def test_families_are_lines_of_a_plot():
+    assert [family_of(name) for name in ("window256", "causal", "blocks5", "blocks50")] == [
+        "window",
+        "causal",
+        "blocks",
+        "blocks",
+    ]
+
+
+# -- mask expressions ----------------------------------------------------------------------------------------
+
+
+def test_expressions_are_read_as_python_would():
+    from fastattn.masks import Causal, Documents, KeyPadding, SlidingWindow
+
+    for text, expected in {
+        "Causal()": Causal(),
+        "Causal() & SlidingWindow(8, 0)": Causal() & SlidingWindow(8, 0),
+        "~(Causal() | SlidingWindow(left=None, right=3))": ~(Causal() | SlidingWindow(left=None, right=3)),
+        "KeyPadding([10, 20], side='left')": KeyPadding([10, 20], side="left"),
+        "Documents([0, 4, 32]) & Causal()": Documents([0, 4, 32]) & Causal(),
+    }.items():
+        assert torch.equal(mask.parse(text).to_dense(32, 32, 2), expected.to_dense(32, 32, 2)), text
+
+
+def test_tables_in_expressions_are_lists_of_truth_values():
+    dense = mask.parse("Dense([[1, 0, 1], [0, 0, 1]])").to_dense(2, 3)
+    assert dense[0, 0].tolist() == [[True, False, True], [False, False, True]]
+    blocks = mask.parse("BlockSparse([[1, 0], [1, 1]], block=4)").to_dense(8, 8)
+    assert int(blocks.sum()) == 48
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "not well formed"),
+        ("Causal(", "not well formed"),
+        ("Causal", r"write Causal\(\.\.\.\)"),
+        ("Casual()", "there is no mask 'Casual'; the masks are Band, BigBird"),
+        ("Causal() + Causal()", "is not a mask"),
+        ("Causal() and Causal()", "is not a mask"),
+        ("__import__('os').system('true')", "is not a mask"),
+        ("Causal().__class__", "is not a mask"),
+        ("SlidingWindow(open('x'), 0)", "is not a value here"),
+        ("SlidingWindow(1 + 1, 0)", "is not a value here"),
+        ("SlidingWindow(*[1, 2])", r"\* and \*\* are not read here"),
+        ("SlidingWindow(**{})", r"\* and \*\* are not read here"),
+        ("Predicate(lambda b, h, i, j: i == j)", "Predicate cannot be written here"),
+        ("(lambda: Causal())()", "is not a mask"),
+        ("[Causal() for x in [1]][0]", "is not a mask"),
+        ("Dense([[1], [1, 0]])", "nested lists of 0 and 1"),
+        ("~" * 9000 + "Causal()", "nested too deeply"),
+        ("Causal() & " * 1000 + "Causal()", "characters, at most"),
+    ],
+)
+def test_expressions_are_refused_with_the_reason(text, why):
+    with pytest.raises(mask.ExpressionError, match=why):
+        mask.parse(text)
+
+
+@pytest.mark.parametrize("text", ["SlidingWindow(-1, 0)", "SlidingWindow(1.5, 0)", "Causal(3)"])
+def test_what_a_mask_refuses_is_its_own_error(text):
+    with pytest.raises((ValueError, TypeError)):
+        mask.parse(text)
