@@ -81,6 +81,7 @@ def installed_works(python, tmp_path):
 def test_pip_install(tree, python, tmp_path, isolation, editable):
     command = [python, "-m", "pip", "install", "--no-deps"]
     if isolation == "not isolated":
+        run(python, "-m", "pip", "install", "setuptools>=77", "pybind11>=3.0", "ninja", cwd=tmp_path)
         command.append("--no-build-isolation")
     if editable == "editable":
         command.append("-e")

@@ -130,7 +130,12 @@ struct PairedOperands {
     for (int j = 0; j < n; j += 2, v += 2 * stride, out += width) {
       int64_t d = 0;
       if (j + 1 < n) {
-        for (; d + kLanes <= width; d += kLanes) store(out + d, interleave(v + d, v + stride + d));
+        for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+          I32 first, last;
+          interleave(v + d, v + stride + d, &first, &last);
+          store(out + d, first);
+          store(out + d + kLanes, last);
+        }
       }
       for (; d < width; ++d)
         out[d] = int32_t(v[d].bits | (j + 1 < n ? uint32_t(v[stride + d].bits) << 16 : 0));

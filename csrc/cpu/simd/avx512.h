@@ -170,15 +170,23 @@ FASTATTN_INLINE F32 dot2(I32 a, I32 b, F32 acc) {
 }
 // Lane i: (low[i] as bf16, high[i] as bf16), low in the lower half.
 FASTATTN_INLINE I32 pack_pairs(F32 low, F32 high) {
-  const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low.v));
-  const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high.v));
-  return {_mm512_or_si512(l, _mm512_slli_epi32(h, 16))};
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v))};
 }
 // 16 elements of two rows -> 16 pairs (low[i], high[i]).
 FASTATTN_INLINE I32 interleave(const BFloat16* low, const BFloat16* high) {
   const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
   const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
   return {_mm512_or_si512(l, _mm512_slli_epi32(h, 16))};
+}
+// 32 elements of two rows -> pairs (low[i], high[i]) of the first 16 and of the last.
+FASTATTN_INLINE void interleave(const BFloat16* low, const BFloat16* high, I32* first, I32* last) {
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i l = _mm512_loadu_si512(low), h = _mm512_loadu_si512(high);
+  first->v = _mm512_permutex2var_epi16(l, order, h);
+  last->v = _mm512_permutex2var_epi16(l, _mm512_add_epi16(order, _mm512_set1_epi16(16)), h);
 }
 #endif
 
