@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.tools import bench, cli, report, runner, verify, workloads
+from fastattn.tools import bench, cli, memory, report, runner, verify, workloads
 
 ROOT = Path(fastattn.__file__).parent.parent
 LATENCY = "latency"
@@ -125,15 +125,41 @@ def test_bench_measures_writes_and_reads_back(tmp_path):
     assert row["times"]["ours"]["median"] > 0
     assert row["ratios"]["torch"]["median"] > 0
     assert row["kernel"] == "cpu"
-    assert row["share"] > 0
+    assert row["share"] is None
     assert result["machine"]["isa"] == json.loads(run("info", "--json")[0])["fastattn"]["instruction set"]
     assert str(ROOT) not in target.read_text()
 
-    again, _ = run("bench", "--from", target, "--markdown")
+    again, _ = run("bench", "--from", target, "--markdown", "full")
     assert again.splitlines()[4].startswith("| row | threads | ours |")
     printed, err = run("bench", "--from", target, "--json", "-")
     assert json.loads(printed) == result
     assert "fp32-b1-h1-s1-d64-none-latency" in err
+
+
+def test_bench_holds_torch_to_the_same_instruction_set(tmp_path):
+    if "avx2" not in json.loads(run("info", "--json")[0])["fastattn"]["available"]:
+        pytest.skip("no AVX2 here")
+    target = tmp_path / "held.json"
+    options = ("--only", "fp32-b1-h16-s128-d64-none", "--threads", "1", "--budget", "0.05", "--no-rivals")
+    run("bench", "cpu-forward", *options, "--isa", "avx2", "--json", target)
+    result = runner.load(target)
+    assert (result["machine"]["isa"], result["machine"]["torch_isa"]) == ("avx2", "AVX2")
+    assert [limit["floor"] for limit in result["rows"][0]["limits"]] == [1.0]
+    assert result["rows"][0]["share"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_bench_measures_memory(tmp_path):
+    target = tmp_path / "memory.json"
+    out, _ = run("bench", "masks", "--memory", "--only", "mask-build*131072*window256-long", "--json", target)
+    assert "64.0 MiB ok" in out
+    (row,) = json.loads(target.read_text())["memory"]
+    assert row["met"] is True
+    assert row["why"] == {"torch": "it has no such operation"}
+    # The result alone is a lower bound.
+    peak = memory.measure(workloads.Workload("cpu-forward", "attention", "fp32", workloads.S512))
+    assert peak["ours"] >= 8 * 12 * 512 * 64 * 4
+    assert peak["ours"] < 1.5 * 8 * 12 * 512 * 64 * 4
 
 
 def test_bench_draws(tmp_path):
@@ -154,6 +180,7 @@ def test_bench_draws(tmp_path):
         (["cpu-forward", "--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
         (["cpu-forward", "--compare", "/no/such/file.json"], "No such file"),
         (["cpu-forward", "--from", "x.json"], "give one or the other"),
+        (["cpu-forward", "--isa", "mmx"], "--isa must be one of scalar"),
     ],
 )
 def test_bench_refuses_what_it_cannot_do(arguments, message, capsys):
@@ -195,7 +222,10 @@ def two_benches(tmp_path):
         "times": {"ours": {"median": 1.0, "quartiles": [1.0, 1.0]}, "torch": {"median": 2.0}},
         "limits": [{"against": "torch", "of": "ours", "floor": 5.0, "why": "", "ratio": 4.0, "met": False}],
     }
-    machine = {"cpu": "some", "cores": 1, "isa": "x", "torch": "2", "fastattn": "0", "date": "today"}
+    machine = {"cpu": "some", "cores": 1, "isa": "x", "torch": "2", "torch_isa": "y"} | {
+        "fastattn": "0",
+        "date": "today",
+    }
     paths = []
     for name, ratio in (("old.json", 2.0), ("new.json", 4.0)):
         ratios = {"torch": {"median": ratio, "quartiles": [ratio, ratio]}}

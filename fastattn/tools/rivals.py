@@ -21,6 +21,10 @@ import torch
 from .cases import Case, dense_mask
 
 
+# Beyond this an eager attention, which keeps all scores, takes longer than everything else in a bench.
+LARGEST_SCORES = 1 << 29
+
+
 class Absent(Exception):
     """A rival cannot run a row here; the message says why."""
 
@@ -107,6 +111,9 @@ def _flex(case: Case) -> Callable[[], Any]:
 def _eager(case: Case) -> Callable[[], Any]:
     """transformers' eager attention: the formula that a model runs when nothing is chosen."""
     inputs = _attention_only(case, "dropout", "bias")
+    shape = case.row.shape
+    if 4 * shape.b * shape.hq * shape.sq * shape.sk > LARGEST_SCORES:
+        raise Absent(f"its scores would be more than {LARGEST_SCORES >> 20} MiB")
     llama = _module("transformers.models.llama.modeling_llama", "transformers")
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     module = torch.nn.Module()

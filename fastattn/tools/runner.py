@@ -175,7 +175,8 @@ def _time_case(case: Case, ceilings: Ceilings, options: Options) -> dict[str, An
     with torch.set_grad_enabled(row.training):
         timings = measure(variants, budget=options.budget, synchronize=_synchronizer(options.device))
     ours = timings["ours"]
-    ceilings.rate(*_bound(row))
+    if row.ceiling:
+        ceilings.rate(*_bound(row))
     return {
         "visible": case.visible,
         "kernel": case.kernel,
@@ -193,13 +194,13 @@ def _time_case(case: Case, ceilings: Ceilings, options: Options) -> dict[str, An
 
 
 def _bound(row: Workload) -> tuple[str, float | None]:
-    return row.ceiling, row.work if row.unit == "bytes" else None
+    return str(row.ceiling), row.work if row.unit == "bytes" else None
 
 
 def _add_share(result: dict[str, Any], row: Workload, ceilings: Ceilings) -> None:
     """Fill in the share once the pass is over: the ceiling is the best of all its measurements."""
     if "rate" in result:
-        peak = ceilings.rate(*_bound(row))
+        peak = ceilings.rate(*_bound(row)) if row.ceiling else None
         result |= {"ceiling_rate": peak, "share": result["rate"] / peak if peak else None}
 
 

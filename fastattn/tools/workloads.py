@@ -38,6 +38,7 @@ FEATURES = {
     "decode": "few query rows: the work is reading K and V",
     "out": "results written into tensors that the caller gives",
     "latency": "what a call costs when there is nothing to compute",
+    "long": "a sequence whose square would not fit into memory",
     "area": "beside the unmasked call: time must follow the visible area",
     "spelling": "beside the mask object: all ways of writing a mask cost the same",
     "dense": "beside torch with the same boolean tensor",
@@ -116,11 +117,14 @@ class Workload:
         return "flops" if self.op == "attention" and "decode" not in self.features else "bytes"
 
     @property
-    def ceiling(self) -> str:
-        """The ceiling that bounds it: a dtype's arithmetic, "read" or "copy" (see `ceilings.py`)."""
+    def ceiling(self) -> str | None:
+        """The ceiling that bounds it: a dtype's arithmetic, "read" or "copy" (see `ceilings.py`); None for what
+        no machine's limit explains, a call's latency and the building of a mask from its formula."""
+        if self.op == "mask-build" or "latency" in self.features:
+            return None
         if self.unit == "flops":
             return self.dtype
-        return "read" if self.op in ("attention", "mask-scan", "mask-build") else "copy"
+        return "read" if self.op in ("attention", "mask-scan") else "copy"
 
     @functools.cached_property
     def work(self) -> float:
@@ -319,6 +323,8 @@ def _masks():
         yield Workload(
             suite, "mask-build", "bf16", square, mask, "object", limits=limits, quick=mask == "window256"
         )
+        endless = AttentionShape(1, 1, 131072, 64)
+        yield Workload(suite, "mask-build", "bf16", endless, mask, "object", ("long",))
     for mask in ("causal", "blocks10"):
         for spelling in ("bool", "additive"):
             limits = (Limit("read", 1 / 1.3, "at most 1.3 x reading the tensor once"),)
@@ -420,6 +426,23 @@ def matching(rows: list[Workload], only: str | None) -> list[Workload]:
         return rows
     pattern = only if any(c in only for c in "*?[") else f"*{only}*"
     return [row for row in rows if fnmatch.fnmatchcase(row.name, pattern)]
+
+
+def held_to(rows: list[Workload], isa: str) -> list[Workload]:
+    """The rows with the floors of an instruction set. The table's are those of AVX-512 and beyond; on AVX2 and
+    NEON the promise is not to be slower than torch, held to the same; scalar kernels promise nothing."""
+    if isa not in ("avx2", "neon", "scalar"):
+        return rows
+    kept = {"avx2": 1.0, "neon": 1.0, "scalar": None}[isa]
+
+    def limits(row):
+        for limit in row.limits:
+            if limit.against != "torch":
+                yield limit
+            elif kept is not None:
+                yield dataclasses.replace(limit, floor=min(limit.floor, kept))
+
+    return [dataclasses.replace(row, limits=tuple(limits(row))) for row in rows]
 
 
 def verify_rows(quick: bool = False) -> list[Workload]:
