@@ -20,7 +20,6 @@ import torch
 
 from .cases import Case, dense_mask
 
-
 # Beyond this an eager attention, which keeps all scores, takes longer than everything else in a bench.
 LARGEST_SCORES = 1 << 29
 
