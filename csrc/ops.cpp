@@ -41,8 +41,8 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "Tensor? block_offsets_t, Tensor? block_list_t, Tensor? bit_tiles, Tensor? bias, Tensor? alibi_slopes, "
       "float softcap, float dropout_p, Tensor? dropout_seed, Tensor? q_pos, Tensor? k_pos, Tensor? "
       "block_table, "
-      "Tensor? kv_lengths, Tensor? k_scale, Tensor? v_scale, Tensor? sinks, bool[4] needs, bool grads_fp32) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "Tensor? kv_lengths, Tensor? k_scale, Tensor? v_scale, Tensor? sinks, bool[6] needs, bool grads_fp32) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsinks)");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");

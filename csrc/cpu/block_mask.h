@@ -23,6 +23,13 @@ inline void transpose_bits(uint64_t* a) {
 
 inline uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
 
+struct KeyExtent {
+  int32_t seen_lo, seen_hi, all_lo, all_hi;
+
+  bool misses(int64_t key, int keys) const { return seen_lo >= key + keys || seen_hi <= key; }
+  bool covers(int64_t key, int keys) const { return all_lo <= key && all_hi >= key + keys; }
+};
+
 class BlockMask {
  public:
   struct Granule {
@@ -50,6 +57,7 @@ class BlockMask {
       if (to > from) seen_lo = smaller(seen_lo, from), seen_hi = larger(seen_hi, to);
       all_lo_ = larger(all_lo_, from), all_hi_ = smaller(all_hi_, to);
     }
+    seen_lo_ = seen_lo;
     key_ = seen_lo / kGranule * kGranule;
     end_ = seen_hi;
     if (a.block_offsets) {
@@ -81,24 +89,32 @@ class BlockMask {
 
   // Fills a word a key of a partial granule; false where no row sees any of them.
   bool words(const Granule& g, uint64_t* by_key) const {
-    uint64_t seen = 0;
-    for (int r = 0; r < rows_; ++r) {
-      const uint64_t range = low_bits(hi_[r] - g.key) & ~low_bits(lo_[r] - g.key);
-      by_key[r] = g.tile ? range & g.tile[r] : range;
-      seen |= by_key[r];
-    }
-    for (int r = rows_; r < kGranule; ++r) by_key[r] = 0;
-    if (!seen) return false;
+    if (!row_words(g, by_key)) return false;
     transpose_bits(by_key);
     return true;
   }
+
+  // The same with a word a row, bit j for key j.
+  bool row_words(const Granule& g, uint64_t* by_row) const {
+    uint64_t seen = 0;
+    for (int r = 0; r < rows_; ++r) {
+      const uint64_t range = low_bits(hi_[r] - g.key) & ~low_bits(lo_[r] - g.key);
+      by_row[r] = g.tile ? range & g.tile[r] : range;
+      seen |= by_row[r];
+    }
+    for (int r = rows_; r < kGranule; ++r) by_row[r] = 0;
+    return seen != 0;
+  }
+
+  // By ranges alone: any row sees keys of [seen_lo, seen_hi) only, every row sees [all_lo, all_hi).
+  KeyExtent extent() const { return {int32_t(seen_lo_), int32_t(end_), int32_t(all_lo_), int32_t(all_hi_)}; }
 
  private:
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
   int rows_;
-  int64_t sk_, key_, end_, all_lo_, all_hi_;
+  int64_t sk_, key_, end_, seen_lo_, all_lo_, all_hi_;
   int64_t lo_[kGranule], hi_[kGranule];
   bool has_bits_ = false;  // an empty list has no address, so the pointers cannot tell
   const int32_t *entry_ = nullptr, *entries_end_ = nullptr;

@@ -1,7 +1,8 @@
 // The register tile of every matrix product: C[rows][lanes] = C0 + sum over k of A(row, k) * B[k][lanes].
 //
-// B and C are rows of 64 lanes (kGranule floats apart); A is read in place, one number broadcast a step.
-// A product is fp32 FMA, or a dot of bf16 pairs where the machine has it; then A and B hold pairs.
+// B and C are rows of lanes, by default 64 of them (kGranule floats apart); A is read in place, one number
+// broadcast a step. A product is fp32 FMA, or a dot of bf16 pairs where the machine has it; then A and B hold
+// pairs.
 #pragma once
 
 #include "attention_args.h"
@@ -41,19 +42,20 @@ struct Broadcast {
 enum class Start { kZero, kAccumulate };
 
 template <class Product, Start START, bool ROWS_ADJACENT, int ROWS, int VECTORS>
-__attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, float* c) {
+__attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, int64_t b_stride, float* c,
+                                    int64_t c_stride) {
   F32 acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) {
-      acc[i][j] = START == Start::kZero ? zero() : load(c + i * kGranule + j * kLanes);
+      acc[i][j] = START == Start::kZero ? zero() : load(c + i * c_stride + j * kLanes);
     }
   }
   const int64_t row_bytes = ROWS_ADJACENT ? 4 : a.row_bytes, step_bytes = ROWS_ADJACENT ? a.step_bytes : 4;
   const char* p = a.data;
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < steps; ++k, p += step_bytes, b += kGranule) {
+  for (int64_t k = 0; k < steps; ++k, p += step_bytes, b += b_stride) {
     typename Product::B row[VECTORS];
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) row[j] = Product::load_b(b + j * kLanes);
@@ -66,38 +68,45 @@ __attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, 
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(c + i * kGranule + j * kLanes, acc[i][j]);
+    for (int j = 0; j < VECTORS; ++j) store(c + i * c_stride + j * kLanes, acc[i][j]);
   }
 }
 
 template <class Product, Start START, bool ROWS_ADJACENT, int VECTORS>
-void column(Broadcast a, int64_t rows, int64_t steps, const float* b, float* c) {
+void column(Broadcast a, int64_t rows, int64_t steps, const float* b, int64_t b_stride, float* c,
+            int64_t c_stride) {
   const auto advance = [&](int n) {
     a.data += n * (ROWS_ADJACENT ? 4 : a.row_bytes);
-    c += n * kGranule;
+    c += n * c_stride;
     rows -= n;
   };
-  for (; rows >= 6; advance(6)) tile<Product, START, ROWS_ADJACENT, 6, VECTORS>(a, steps, b, c);
-  if (rows >= 4) tile<Product, START, ROWS_ADJACENT, 4, VECTORS>(a, steps, b, c), advance(4);
-  if (rows >= 2) tile<Product, START, ROWS_ADJACENT, 2, VECTORS>(a, steps, b, c), advance(2);
-  if (rows >= 1) tile<Product, START, ROWS_ADJACENT, 1, VECTORS>(a, steps, b, c);
+  for (; rows >= 6; advance(6))
+    tile<Product, START, ROWS_ADJACENT, 6, VECTORS>(a, steps, b, b_stride, c, c_stride);
+  if (rows >= 4)
+    tile<Product, START, ROWS_ADJACENT, 4, VECTORS>(a, steps, b, b_stride, c, c_stride), advance(4);
+  if (rows >= 2)
+    tile<Product, START, ROWS_ADJACENT, 2, VECTORS>(a, steps, b, b_stride, c, c_stride), advance(2);
+  if (rows >= 1) tile<Product, START, ROWS_ADJACENT, 1, VECTORS>(a, steps, b, b_stride, c, c_stride);
 }
 
-// All rows, lane vectors [from, to).
+// All rows, lane vectors [from, to). The strides of B's steps and C's rows are in floats.
 template <class Product, Start START, bool ROWS_ADJACENT>
-void product(Broadcast a, int64_t rows, int64_t steps, const float* b, float* c, int from, int to) {
+void product(Broadcast a, int64_t rows, int64_t steps, const float* b, float* c, int from, int to,
+             int64_t b_stride = kGranule, int64_t c_stride = kGranule) {
   static_assert(kTileVectors == 2 || kTileVectors == 4, "the cases below");
   for (int v = from; v < to; v += kTileVectors) {
     const float* bv = b + v * kLanes;
     float* cv = c + v * kLanes;
     switch (to - v < kTileVectors ? to - v : kTileVectors) {
-      case 1: column<Product, START, ROWS_ADJACENT, 1>(a, rows, steps, bv, cv); break;
-      case 2: column<Product, START, ROWS_ADJACENT, 2>(a, rows, steps, bv, cv); break;
+      case 1: column<Product, START, ROWS_ADJACENT, 1>(a, rows, steps, bv, b_stride, cv, c_stride); break;
+      case 2: column<Product, START, ROWS_ADJACENT, 2>(a, rows, steps, bv, b_stride, cv, c_stride); break;
       case 3:
-        if constexpr (kTileVectors == 4) column<Product, START, ROWS_ADJACENT, 3>(a, rows, steps, bv, cv);
+        if constexpr (kTileVectors == 4)
+          column<Product, START, ROWS_ADJACENT, 3>(a, rows, steps, bv, b_stride, cv, c_stride);
         break;
       case 4:
-        if constexpr (kTileVectors == 4) column<Product, START, ROWS_ADJACENT, 4>(a, rows, steps, bv, cv);
+        if constexpr (kTileVectors == 4)
+          column<Product, START, ROWS_ADJACENT, 4>(a, rows, steps, bv, b_stride, cv, c_stride);
         break;
     }
   }

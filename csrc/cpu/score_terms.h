@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_args.h"
+#include "block_mask.h"
 #include "math.h"
 #include "philox.h"
 
@@ -86,6 +87,66 @@ void apply_score_terms(const AttentionArgs& a, const QueryRows& rows, int64_t ke
       store(at, s);
     }
   }
+}
+
+// kLanes numbers of a bias row from its element `first` on, of which n exist.
+template <class B>
+FASTATTN_INLINE F32 bias_lanes(const B* row, int64_t stride, int first, int n) {
+  if (stride == 1) return load_n(row + first, n);
+  if (stride == 0) return splat(as_float(row[0]));
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? as_float(row[(first + i) * stride]) : 0.f;
+  return load(lanes);
+}
+
+// The same as apply_score_terms on S, one query a row and one key a lane, where segments have rows for keys.
+// Also the derivative of the softcap, and from words[row] the bits of keys that a bias of -inf hides are
+// taken; false where there are any.
+template <class T>
+bool apply_score_terms_rows(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys,
+                            const Segment* segments, int count, float* scores, float* softcap_slope,
+                            uint64_t* words) {
+  const F32 scale = splat(a.scale), cap = splat(a.softcap), inverse_cap = splat(1.f / a.softcap);
+  const F32 slope =
+      splat(a.alibi_slopes ? a.alibi_slopes[rows.b * a.alibi_batch + rows.h * a.alibi_head] : 0.f);
+  const int64_t bias_at =
+      rows.b * a.bias_batch + rows.h * a.bias_head + rows.first * a.bias_row + key * a.bias_key;
+  alignas(64) int32_t k_pos[kGranule];
+  for (int j = 0; j < kGranule; ++j) {
+    k_pos[j] = a.alibi_slopes ? key_position(a, rows.b, key + (j < keys ? j : keys - 1)) : 0;
+  }
+  uint64_t hidden = 0;
+  for (const Segment* seg = segments; seg != segments + count; ++seg) {
+    for (int r = seg->first; r < seg->last; ++r) {
+      uint64_t finite = 0;
+      for (int c = seg->from; c < seg->to; ++c) {
+        float* at = scores + r * kGranule + c * kLanes;
+        F32 s = load(at) * scale;
+        if (a.softcap != 0.f) {
+          const F32 t = tanh(s * inverse_cap);
+          s = cap * t;
+          store(softcap_slope + r * kGranule + c * kLanes, fma(zero() - t, t, splat(1.f)));
+        }
+        if (a.bias) {
+          const int64_t row = bias_at + r * a.bias_row;
+          const int first = c * kLanes;
+          const F32 b = a.bias_fp32 ? bias_lanes((const float*)a.bias + row, a.bias_key, first, keys - first)
+                                    : bias_lanes((const T*)a.bias + row, a.bias_key, first, keys - first);
+          finite |= uint64_t(bits_of(b > splat(-__builtin_inff())) | bits_of(is_nan(b))) << first;
+          s = s + b;
+        }
+        if (a.alibi_slopes) {
+          s = s - slope * abs(to_float(splat_int(rows.position[r]) - load(k_pos + c * kLanes)));
+        }
+        store(at, s);
+      }
+      if (a.bias) {
+        hidden |= words[r] & ~finite;
+        words[r] &= finite;
+      }
+    }
+  }
+  return hidden == 0;
 }
 
 // keep[key]: bit r says whether row r keeps the key.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../attention_args.h"
+#include "../attention_bwd_args.h"
 #include "../ceiling_kinds.h"
 
 namespace fastattn {
@@ -12,6 +13,7 @@ struct KernelTable {
   // Indexed by Storage.
   AttentionTask attention[3];
   AttentionScratch attention_scratch;
+  AttentionBwdTasks attention_bwd[3];
   CeilingLoop ceiling;
 };
 

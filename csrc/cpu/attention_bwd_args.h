@@ -1,0 +1,70 @@
+// One attention backward call as the CPU kernels see it. No torch, no ownership.
+#pragma once
+
+#include "attention_args.h"
+
+namespace fastattn {
+
+// What the row pass leaves for the others about 64 query rows of one head.
+struct QueryBlock {
+  int32_t seen_lo, seen_hi, all_lo, all_hi;  // by ranges: the keys any row sees, the keys every row sees
+  uint64_t bad_q, bad_dout;                  // bit r: row r of q, of dout, holds a number that is not finite
+};
+
+// A gradient to write; columns are adjacent.
+struct Gradient {
+  void* data;  // null: not asked for
+  int64_t batch, head, row;
+};
+
+// The forward's arguments; out and lse are its results (those of all keys, where the call is one chunk of
+// many).
+struct AttentionBwdArgs : AttentionArgs {
+  Operand dout;         // in q's storage
+  Operand dout_as_out;  // in out's storage: the same tensor, unless out is fp32 and q is not
+  const float* dlse;    // null: 0; contiguous [B, Hq, Sq]
+
+  // Of the row pass, [B, Hq, Sq]: lse with the sink in it, in units of log2, +inf for a row that sees
+  // nothing; and sum(dout * out) - dlse, what the softmax's derivative takes off.
+  float *lse2, *delta;
+  QueryBlock* blocks;  // [B, Hq, q_blocks]
+  float* dsinks;       // null: not asked for; [B, Hq, q_blocks], the sinks' gradient in parts
+
+  // The transpose of the map of bits: K granule n is seen by block_list_t[block_offsets_t[n] ..], pairs of
+  // (Q granule, tile).
+  const int32_t *block_offsets_t, *block_list_t;
+  int64_t map_t_batch, map_t_head;
+
+  Gradient dq, dk, dv;
+  bool grads_fp32;
+
+  void* dbias;  // null: not asked for; contiguous [bias_B, bias_H, bias_Sq, bias_Sk], 1 where it broadcasts
+  bool dbias_fp32;
+  int64_t bias_B, bias_H, bias_Sq, bias_Sk;
+  float* dslopes;  // null: not asked for; [B, Hq]
+
+  int64_t k_blocks() const { return (Sk + kGranule - 1) / kGranule; }
+};
+
+// Granules of rows where the bias has rows, of keys where it has only keys, for each of its maps.
+static inline int64_t bias_tasks(const AttentionBwdArgs& a) {
+  const int64_t blocks = a.bias_Sq > 1 ? a.q_blocks() : a.bias_Sk > 1 ? a.k_blocks() : 1;
+  return a.bias_B * a.bias_H * blocks;
+}
+
+using AttentionBwdTask = void (*)(const AttentionBwdArgs&, int64_t task, void* scratch);
+
+// The passes of the backward. `rows` comes first; the others are independent of each other. `heads` does the
+// work of `queries` and `keys` together, to the same bits, with one computation of the probabilities
+// instead of two; there are fewer and longer tasks of it.
+struct AttentionBwdTasks {
+  AttentionBwdTask rows;                                    // [B, Hq, q_blocks] tasks: lse2, delta, blocks
+  AttentionBwdTask heads;                                   // [B, Hkv]: dq, dk, dv
+  AttentionBwdTask queries;                                 // [B, Hq, q_blocks]: dq
+  AttentionBwdTask keys;                                    // [B, Hkv, k_blocks]: dk, dv
+  AttentionBwdTask bias;                                    // bias_tasks(): dbias
+  AttentionBwdTask slopes;                                  // [B, Hq]: dslopes
+  int64_t (*scratch)(const AttentionBwdArgs&, bool heads);  // bytes, for a task of `heads` or any other
+};
+
+}  // namespace fastattn
