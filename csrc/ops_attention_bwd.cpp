@@ -1,4 +1,5 @@
 // CPU binding of attention_bwd.
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -61,25 +62,61 @@ void set_transposed_blocks(AttentionBwdArgs* a, const OptionalTensor& offsets, c
   a->block_list_t = static_cast<const int32_t*>(list->const_data_ptr());
 }
 
-// `heads` computes five products a tile where `queries` and `keys` compute seven, but cannot use more
-// threads than there are kv heads.
-bool heads_pay(const AttentionBwdArgs& a) {
-  const int64_t heads = a.B * a.Hkv, threads = torch::stable::get_num_threads();
-  const int64_t rounds = (heads + threads - 1) / threads;
-  return 5 * rounds * threads <= 7 * heads;
+// What a tasking costs: products a tile, for each tile of one kv head and batch, on the busiest thread.
+// `heads` computes five products where `queries` and `keys` compute seven, but uses no more threads than it
+// has tasks. All give the same bits.
+struct Costs {
+  double batches, heads, threads;
+
+  double per_head() const { return 5 * std::ceil(batches * heads / threads); }
+  double per_group_of_batches() const { return 5 * batches * std::ceil(heads / threads); }
+  double per_block() const { return 7 * batches * heads / threads; }
+  double bias() const { return 2.5 * batches * heads / threads; }
+};
+
+void run_gradients(AttentionBwdArgs* a, const AttentionBwdTasks& tasks) {
+  const auto run = [&](int64_t count, AttentionBwdTask task, bool heads) {
+    run_tasks(count, tasks.scratch(*a, heads), [&](int64_t i, void* scratch) { task(*a, i, scratch); });
+  };
+  const bool queries = a->dq.data, keys = a->dk.data || a->dv.data || a->dbias_columns;
+  const Costs costs{double(a->B), double(a->Hkv), double(torch::stable::get_num_threads())};
+  const double alone = std::min(costs.per_head(), costs.per_block());
+  bool heads = queries && keys && costs.per_head() <= costs.per_block();
+  a->batches = 1;
+  if (a->dbias && queries && keys && a->bias_Sk > 1 && a->bias_H == a->Hq) {
+    // A map of the bias that several batches share is summed by one task for all of them.
+    const bool shared = a->bias_B < a->B;
+    if ((shared ? costs.per_group_of_batches() : costs.per_head()) <= alone + costs.bias()) {
+      heads = a->sums_in_heads = true;
+      a->batches = shared ? a->B : 1;
+    }
+  }
+  if (heads) {
+    run(a->B / a->batches * a->Hkv, tasks.heads, true);
+  } else {
+    if (queries) run(a->tasks(), tasks.queries, false);
+    if (keys) run(a->B * a->Hkv * a->k_blocks(), tasks.keys, false);
+  }
+  if (a->dbias && !a->sums_in_heads) run(a->bias_B * a->bias_H * a->q_blocks(), tasks.bias, false);
+  if (a->dslopes) run(a->B * a->Hq, tasks.slopes, false);
 }
 
-void run_gradients(const AttentionBwdArgs& a, const AttentionBwdTasks& tasks) {
-  const bool queries = a.dq.data, keys = a.dk.data || a.dv.data;
-  const auto run = [&](int64_t count, AttentionBwdTask task, bool heads) {
-    run_tasks(count, tasks.scratch(a, heads), [&](int64_t i, void* scratch) { task(a, i, scratch); });
-  };
-  if (queries && keys && heads_pay(a)) {
-    run(a.B * a.Hkv, tasks.heads, true);
-    return;
+// The gradient of a bias without rows, from the sums over rows of every head: its map's, in one order.
+template <class Out>
+void sum_columns(const AttentionBwdArgs& a, Out* out) {
+  const bool by_batch = a.bias_B > 1, by_head = a.bias_H > 1, by_key = a.bias_Sk > 1;
+  for (int64_t i = 0; i < a.bias_B * a.bias_H * a.bias_Sk; ++i) {
+    const int64_t map = i / a.bias_Sk, first_b = by_batch ? map / a.bias_H : 0;
+    const int64_t first_h = by_head ? map % a.bias_H : 0, first_k = by_key ? i % a.bias_Sk : 0;
+    double sum = 0;
+    for (int64_t b = first_b; b < (by_batch ? first_b + 1 : a.B); ++b) {
+      for (int64_t h = first_h; h < (by_head ? first_h + 1 : a.Hq); ++h) {
+        const float* row = a.dbias_columns + (b * a.Hq + h) * a.Sk;
+        for (int64_t k = first_k; k < (by_key ? first_k + 1 : a.Sk); ++k) sum += row[k];
+      }
+    }
+    from_float(float(sum), out + i);
   }
-  if (queries) run(a.tasks(), tasks.queries, false);
-  if (keys) run(a.B * a.Hkv * a.k_blocks(), tasks.keys, false);
 }
 
 // parts [outer, n, inner] to [n], in one order.
@@ -150,26 +187,31 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   Tensor dk = gradient_like(k, needs[1], grads_fp32, &a.dk);
   Tensor dv = gradient_like(v, needs[2], grads_fp32, &a.dv);
 
-  const AttentionBwdTasks& tasks = kernels().attention_bwd[int(storage_of(q, "q"))];
-  run_tasks(blocks, 0, [&](int64_t i, void* scratch) { tasks.rows(a, i, scratch); });
-  run_gradients(a, tasks);
-
+  Tensor columns = new_floats(q, {needs_bias && bias->size(2) == 1 ? a.B * a.Hq * a.Sk : 0});
   Tensor dbias = torch::stable::new_empty(q, {0}, bias ? bias->scalar_type() : q.scalar_type());
   if (needs_bias) {
     a.dbias_fp32 = grads_fp32 || a.bias_fp32;
-    a.bias_B = bias->size(0), a.bias_H = bias->size(1), a.bias_Sq = bias->size(2), a.bias_Sk = bias->size(3);
-    dbias = torch::stable::new_empty(q, {a.bias_B, a.bias_H, a.bias_Sq, a.bias_Sk},
+    a.bias_B = bias->size(0), a.bias_H = bias->size(1), a.bias_Sk = bias->size(3);
+    dbias = torch::stable::new_empty(q, {a.bias_B, a.bias_H, bias->size(2), a.bias_Sk},
                                      a.dbias_fp32 ? ScalarType::Float : bias->scalar_type());
-    a.dbias = dbias.mutable_data_ptr();
-    run_tasks(bias_tasks(a), tasks.scratch(a, false),
-              [&](int64_t i, void* scratch) { tasks.bias(a, i, scratch); });
+    if (bias->size(2) == 1) a.dbias_columns = floats_of(columns);
+    else a.dbias = dbias.mutable_data_ptr();
+  }
+  Tensor slope_parts = new_floats(q, {needs_slopes ? a.B * a.Hq : 0});
+  if (needs_slopes) a.dslopes = floats_of(slope_parts);
+
+  const AttentionBwdTasks& tasks = kernels().attention_bwd[int(storage_of(q, "q"))];
+  run_tasks(blocks, 0, [&](int64_t i, void* scratch) { tasks.rows(a, i, scratch); });
+  run_gradients(&a, tasks);
+
+  if (a.dbias_columns) {
+    void* at = dbias.mutable_data_ptr();
+    if (a.dbias_fp32) sum_columns(a, static_cast<float*>(at));
+    else if (q.scalar_type() == ScalarType::BFloat16) sum_columns(a, static_cast<BFloat16*>(at));
+    else sum_columns(a, static_cast<Half*>(at));
   }
   Tensor dslopes = new_floats(q, {0}), dsinks = new_floats(q, {0});
   if (needs_slopes) {
-    Tensor parts = new_floats(q, {a.B * a.Hq});
-    a.dslopes = floats_of(parts);
-    run_tasks(a.B * a.Hq, tasks.scratch(a, false),
-              [&](int64_t i, void* scratch) { tasks.slopes(a, i, scratch); });
     const int64_t b = alibi_slopes->size(0), h = alibi_slopes->size(1);
     // [B, Hq] over the batches or heads that share a slope.
     dslopes = torch::stable::reshape(

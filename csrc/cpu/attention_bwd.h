@@ -3,9 +3,13 @@
 //   rows      delta = sum(dO * O) - dlse, lse in units of log2, the key extent of every 64 query rows
 //   heads     dq, dk, dv of a kv head: K granules, and for each the query blocks that see it; five products
 //             a tile. dQ accumulates in fp32 beside the work.
-//   queries   dq of a query block, and keys: dk, dv of a K granule; seven products a tile pair, for calls
-//             with fewer kv heads than threads
-//   bias      dbias, dS summed over what the bias broadcasts over; slopes: the same for ALiBi
+//   queries   dq of a query block, and keys: dk, dv of a K granule; seven products a tile, for calls with
+//             fewer kv heads than threads
+//   bias      dbias of a bias with rows; slopes: of ALiBi. Both compute P and dS once more.
+//
+// The bias's gradient is dS summed over what the bias broadcasts over. Where it broadcasts over rows, heads
+// and keys leave column sums behind; where a task of heads meets every tile that a map of it sums, heads does
+// all of it.
 //
 // Every sum has one order: keys ascending for dq; query heads, then queries, ascending for dk and dv. So
 // `heads` gives the bits of `queries` and `keys`, and no result knows of threads or of the batch.
@@ -81,19 +85,28 @@ class AttentionBackward {
 
  public:
   static int64_t bytes(const AttentionBwdArgs& a, bool heads) {
-    const int64_t dq_rows = heads ? round_up(a.Sq) : kGranule;
-    return 4 * (Tile::floats(a) + kGranule * kGranule + dq_rows * padded(a.D) +
-                key_rows(a, heads) * (padded(a.D) + padded(a.Dv)));
+    return 4 * (Tile::floats(a) + dq_floats(a, heads) + key_rows(a, heads) * (padded(a.D) + padded(a.Dv)) +
+                sum_rows(a, heads) * kGranule);
   }
 
+  // Head by head of a group, the K granules; for each the batches of the task, for each its query blocks.
   static void heads(const AttentionBwdArgs& a, int64_t task, void* scratch) {
-    const int64_t b = task / a.Hkv, kv_head = task % a.Hkv, group = a.Hq / a.Hkv;
+    const int64_t b = task / a.Hkv * a.batches, kv_head = task % a.Hkv, group = a.Hq / a.Hkv;
     AttentionBackward f(a, {true, a.dk.data != nullptr, a.dv.data != nullptr}, scratch, true);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv_head * group + g;
-      clear(f.dq_, round_up(a.Sq) * f.wide_);
-      for (int64_t n = 0; n < a.k_blocks(); ++n) f.keys_of_head(b, h, n, g == 0, g == group - 1);
-      f.store_rows(a.dq, b, h, 0, a.Sq, a.D, f.dq_, a.scale);
+      clear(f.dq_, dq_floats(a, true));
+      for (int64_t n = 0; n < a.k_blocks(); ++n) {
+        if (a.sums_in_heads) clear(f.sum_, sum_rows(a, true) * kGranule);
+        for (int64_t i = 0; i < a.batches; ++i) {
+          const int64_t at = i * round_up(a.Sq);
+          f.keys_of_head(b + i, h, n, {f.dq_ + at * f.wide_, i, g == 0, g == group - 1});
+        }
+        if (a.sums_in_heads) f.store_bias(a.bias_B > 1 ? b : 0, a.bias_H > 1 ? h : 0, 0, n, a.Sq);
+      }
+      for (int64_t i = 0; i < a.batches; ++i) {
+        f.store_rows(a.dq, b + i, h, 0, a.Sq, a.D, f.dq_ + i * round_up(a.Sq) * f.wide_, a.scale);
+      }
     }
   }
 
@@ -108,7 +121,7 @@ class AttentionBackward {
     BlockMask::Granule g;
     while (mask.next(&g)) {
       f.tile_.load_keys(b, h / (a.Hq / a.Hkv), g.key / kGranule);
-      if (f.tile_.template compute<false>(b, h, block, g.tile)) f.tile_.add_dq(f.dq_);
+      if (f.tile_.template compute<TileUse::kProducts>(b, h, block, g.tile)) f.tile_.add_dq(f.dq_);
     }
     f.store_rows(a.dq, b, h, first, count, a.D, f.dq_, a.scale);
   }
@@ -118,16 +131,31 @@ class AttentionBackward {
     const int64_t b = head / a.Hkv, kv_head = head % a.Hkv;
     AttentionBackward f(a, {false, a.dk.data != nullptr, a.dv.data != nullptr}, scratch, false);
     for (int64_t g = 0; g < group; ++g) {
-      f.keys_of_head(b, kv_head * group + g, block, g == 0, g == group - 1);
+      f.keys_of_head(b, kv_head * group + g, block, {nullptr, 0, g == 0, g == group - 1});
     }
   }
 
   static void bias(const AttentionBwdArgs& a, int64_t task, void* scratch) {
     AttentionBackward f(a, {false, false, false}, scratch, false);
-    const int64_t blocks = bias_tasks(a) / (a.bias_B * a.bias_H);
-    const int64_t map = task / blocks, block = task % blocks;
-    if (a.bias_Sq > 1 && a.bias_Sk > 1) f.bias_tiles(map, block);
-    else f.bias_sums(map, block);
+    const int64_t map = task / a.q_blocks(), m = task % a.q_blocks();
+    const int64_t map_b = map / a.bias_H, map_h = map % a.bias_H, first = m * kGranule;
+    const int64_t count = a.Sq - first < kGranule ? a.Sq - first : kGranule;
+    const bool by_batch = a.bias_B > 1, by_head = a.bias_H > 1;
+    double rows[kGranule] = {};
+    for (int64_t n = 0; n < a.k_blocks(); ++n) {
+      clear(f.sum_, kGranule * kGranule);
+      for (int64_t b = by_batch ? map_b : 0; b < (by_batch ? map_b + 1 : a.B); ++b) {
+        for (int64_t h = by_head ? map_h : 0; h < (by_head ? map_h + 1 : a.Hq); ++h) {
+          f.tile_.sum_into(f.sum_, nullptr);
+          f.template each<TileUse::kSums>(b, h, n, m, m + 1, [](int64_t) {});
+        }
+      }
+      if (a.bias_Sk > 1) f.store_bias(map_b, map_h, m, n, count);
+      else f.add_rows(count, rows);
+    }
+    for (int64_t r = 0; r < count && a.bias_Sk == 1; ++r) {
+      f.store_bias_at(map * a.Sq + first + r, splat(float(rows[r])), 1);
+    }
   }
 
   static void slopes(const AttentionBwdArgs& a, int64_t task, void* scratch) {
@@ -135,17 +163,11 @@ class AttentionBackward {
     const int64_t b = task / a.Hq, h = task % a.Hq;
     double sum = 0;
     for (int64_t n = 0; n < a.k_blocks(); ++n) {
-      f.each<true>(b, h, n, f.all_queries(), [&](int64_t) {
-        const QueryRows& rows = f.tile_.rows();
-        for (int j = 0; j < f.tile_.keys(); ++j) {
-          const int64_t k_pos = key_position(a, b, f.tile_.key() + j);
-          float column = 0.f;
-          for (int r = 0; r < rows.count; ++r) {
-            column -= f.tile_.ds()[r * kGranule + j] * float(__builtin_llabs(rows.position[r] - k_pos));
-          }
-          sum += column;
-        }
-      });
+      for (int64_t m = 0; m < a.q_blocks(); ++m) {
+        clear(f.sum_, kGranule * kGranule);
+        f.tile_.sum_into(f.sum_, nullptr);
+        f.template each<TileUse::kSums>(b, h, n, m, m + 1, [&](int64_t) { sum -= f.distances(); });
+      }
     }
     a.dslopes[task] = float(sum);
   }
@@ -156,55 +178,81 @@ class AttentionBackward {
         wanted_(wanted),
         wide_(padded(a.D)),
         wide_v_(padded(a.Dv)),
-        all_keys_(key_rows(a, heads) > kGranule),
+        sums_(heads && a.sums_in_heads),
+        all_keys_(heads && a.Hq != a.Hkv),
         tile_(a, wanted, (float*)scratch) {
-    sum_ = (float*)scratch + Tile::floats(a);
-    dq_ = sum_ + kGranule * kGranule;
-    dk_ = dq_ + (heads ? round_up(a.Sq) : kGranule) * wide_;
+    dq_ = (float*)scratch + Tile::floats(a);
+    dk_ = dq_ + dq_floats(a, heads);
     dv_ = dk_ + key_rows(a, heads) * wide_;
+    sum_ = dv_ + key_rows(a, heads) * wide_v_;
   }
 
   static int64_t round_up(int64_t rows) { return (rows + kGranule - 1) / kGranule * kGranule; }
+  static int64_t dq_floats(const AttentionBwdArgs& a, bool heads) {
+    return (heads ? a.batches * round_up(a.Sq) : kGranule) * padded(a.D);
+  }
   // A group's heads come one after the other, so their sums wait for the last in all rows of dk and dv.
   static int64_t key_rows(const AttentionBwdArgs& a, bool heads) {
-    return heads && a.Hq != a.Hkv ? round_up(a.Sk) : kGranule;
+    return heads && a.Hq != a.Hkv ? a.batches * round_up(a.Sk) : kGranule;
+  }
+  static int64_t sum_rows(const AttentionBwdArgs& a, bool heads) {
+    return heads && a.sums_in_heads ? round_up(a.Sq) : kGranule;
   }
   static void clear(float* x, int64_t floats) { memset(x, 0, size_t(floats) * 4); }
 
-  struct Blocks {
-    int64_t first, last;
-  };
-  Blocks all_queries() const { return {0, a_.q_blocks()}; }
-
-  // visit(m) for those blocks of the head's queries that see K granule n, with the tile computed.
-  template <bool PLAIN, class Visit>
-  void each(int64_t b, int64_t h, int64_t n, Blocks of, const Visit& visit) {
+  // visit(m) for those of the head's query blocks [from, to) that see K granule n, with the tile computed.
+  template <TileUse USE, class Visit>
+  void each(int64_t b, int64_t h, int64_t n, int64_t from, int64_t to, const Visit& visit) {
     tile_.load_keys(b, h / (a_.Hq / a_.Hkv), n);
+    const auto compute = [&](int64_t m, const uint64_t* bits) {
+      if (sums_) tile_.sum_into(sum_ + m * kGranule * kGranule, nullptr);
+      if (tile_.template compute<USE>(b, h, m, bits)) visit(m);
+    };
     if (!a_.block_list_t) {
-      for (int64_t m = of.first; m < of.last; ++m) {
-        if (tile_.template compute<PLAIN>(b, h, m, nullptr)) visit(m);
-      }
+      for (int64_t m = from; m < to; ++m) compute(m, nullptr);
       return;
     }
     const int32_t* offsets = a_.block_offsets_t + b * a_.map_t_batch + h * a_.map_t_head + n;
     for (int64_t e = offsets[0]; e < offsets[1]; ++e) {
       const int32_t m = a_.block_list_t[2 * e], tile = a_.block_list_t[2 * e + 1];
-      if (m < of.first || m >= of.last) continue;
-      const uint64_t* bits = tile < 0 ? nullptr : a_.bit_tiles + int64_t(tile) * kGranule;
-      if (tile_.template compute<PLAIN>(b, h, m, bits)) visit(m);
+      if (m >= from && m < to) compute(m, tile < 0 ? nullptr : a_.bit_tiles + int64_t(tile) * kGranule);
     }
   }
 
-  void keys_of_head(int64_t b, int64_t h, int64_t n, bool first, bool last) {
-    float* dk = dk_ + (all_keys_ ? n * kGranule * wide_ : 0);
-    float* dv = dv_ + (all_keys_ ? n * kGranule * wide_v_ : 0);
-    if (first) clear(dk, kGranule * wide_), clear(dv, kGranule * wide_v_);
-    each<false>(b, h, n, all_queries(), [&](int64_t m) {
+  // Where one head's share of a K granule goes.
+  struct Share {
+    float* dq;         // null: not asked for; rows of the head
+    int64_t place;     // of the batch within the task
+    bool first, last;  // of the group
+  };
+
+  void keys_of_head(int64_t b, int64_t h, int64_t n, const Share& to) {
+    const int64_t row = all_keys_ ? to.place * round_up(a_.Sk) + n * kGranule : 0;
+    float *dk = dk_ + row * wide_, *dv = dv_ + row * wide_v_;
+    if (to.first) clear(dk, kGranule * wide_), clear(dv, kGranule * wide_v_);
+    alignas(64) float part[kGranule];
+    double columns[kGranule] = {};
+    const auto add = [&](int64_t m) {
       if (wanted_.dv) tile_.add_dv(dv);
       if (wanted_.dk) tile_.add_dk(dk);
-      if (wanted_.dq) tile_.add_dq(dq_ + m * kGranule * wide_);
-    });
-    if (!last) return;
+      if (to.dq) tile_.add_dq(to.dq + m * kGranule * wide_);
+    };
+    if (a_.dbias_columns) {
+      clear(part, kGranule);
+      tile_.sum_into(nullptr, part);
+      each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), [&](int64_t m) {
+        add(m);
+        for (int j = 0; j < tile_.keys(); ++j) columns[j] += part[j];
+        clear(part, kGranule);
+      });
+      float* out = a_.dbias_columns + (b * a_.Hq + h) * a_.Sk + tile_.key();
+      for (int j = 0; j < tile_.keys(); ++j) out[j] = float(columns[j]);
+    } else if (sums_) {
+      each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), add);
+    } else {
+      each<TileUse::kProducts>(b, h, n, 0, a_.q_blocks(), add);
+    }
+    if (!to.last) return;
     const int64_t kv_head = h / (a_.Hq / a_.Hkv), key = tile_.key();
     if (wanted_.dk) store_rows(a_.dk, b, kv_head, key, tile_.keys(), a_.D, dk, a_.scale);
     if (wanted_.dv) store_rows(a_.dv, b, kv_head, key, tile_.keys(), a_.Dv, dv, 1.f);
@@ -226,79 +274,50 @@ class AttentionBackward {
     }
   }
 
-  // The batches and heads that read one map of the bias.
-  struct Readers {
-    int64_t b, b_end, h, h_end;
-  };
-  Readers readers(int64_t map) const {
-    const int64_t b = map / a_.bias_H, h = map % a_.bias_H;
-    return {a_.bias_B > 1 ? b : 0, a_.bias_B > 1 ? b + 1 : a_.B, a_.bias_H > 1 ? h : 0,
-            a_.bias_H > 1 ? h + 1 : a_.Hq};
-  }
-
-  template <class Visit>
-  void each_reader(int64_t map, Blocks of, int64_t n, const Visit& visit) {
-    const Readers all = readers(map);
-    for (int64_t b = all.b; b < all.b_end; ++b) {
-      for (int64_t h = all.h; h < all.h_end; ++h) each<true>(b, h, n, of, [&](int64_t) { visit(); });
-    }
-  }
-
-  // A bias with rows and keys: one query block, tile by tile.
-  void bias_tiles(int64_t map, int64_t m) {
-    const int64_t first = m * kGranule;
-    const int64_t count = a_.Sq - first < kGranule ? a_.Sq - first : kGranule;
-    for (int64_t n = 0; n < a_.k_blocks(); ++n) {
-      const int64_t key = n * kGranule, keys = a_.Sk - key < kGranule ? a_.Sk - key : kGranule;
-      clear(sum_, kGranule * kGranule);
-      each_reader(map, {m, m + 1}, n, [&] {
-        for (int r = 0; r < count; ++r) {
-          for (int j = 0; j < kGranule; j += kLanes) {
-            float* at = sum_ + r * kGranule + j;
-            store(at, load(at) + load(tile_.ds() + r * kGranule + j));
-          }
-        }
-      });
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (map * a_.Sq + first + r) * a_.Sk + key;
-        for (int64_t j = 0; j < keys; j += kLanes) {
-          const F32 x = load(sum_ + r * kGranule + j);
-          if (a_.dbias_fp32) store_n((float*)a_.dbias + at + j, x, keys - j);
-          else store_n((T*)a_.dbias + at + j, x, keys - j);
-        }
+  // sum_ [count][64] to the rows of query block m on and the keys of granule n of a map of the bias.
+  void store_bias(int64_t b, int64_t h, int64_t m, int64_t n, int64_t count) const {
+    const int64_t key = n * kGranule, keys = a_.Sk - key < kGranule ? a_.Sk - key : kGranule;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = ((b * a_.bias_H + h) * a_.Sq + m * kGranule + r) * a_.Sk + key;
+      for (int64_t j = 0; j < keys; j += kLanes) {
+        store_bias_at(at + j, load(sum_ + r * kGranule + j), keys - j);
       }
     }
   }
+  void store_bias_at(int64_t at, F32 x, int64_t n) const {
+    if (a_.dbias_fp32) store_n((float*)a_.dbias + at, x, n);
+    else store_n((T*)a_.dbias + at, x, n);
+  }
 
-  // A bias with keys only, rows only, or one number a map: sums over a granule of them.
-  void bias_sums(int64_t map, int64_t block) {
-    const bool by_row = a_.bias_Sq > 1, by_key = a_.bias_Sk > 1;
-    double sum[kGranule] = {};
-    const int64_t from = by_key ? block : 0, to = by_key ? block + 1 : a_.k_blocks();
-    for (int64_t n = from; n < to; ++n) {
-      each_reader(map, by_row ? Blocks{block, block + 1} : all_queries(), n, [&] {
-        float part[kGranule] = {};
-        for (int r = 0; r < tile_.rows().count; ++r) {
-          const float* ds = tile_.ds() + r * kGranule;
-          for (int j = 0; j < tile_.keys(); ++j) part[by_row ? r : by_key ? j : 0] += ds[j];
-        }
-        for (int i = 0; i < kGranule; ++i) sum[i] += part[i];
-      });
+  void add_rows(int64_t count, double* rows) const {
+    for (int64_t r = 0; r < count; ++r) {
+      float sum = 0.f;
+      for (int j = 0; j < kGranule; ++j) sum += sum_[r * kGranule + j];
+      rows[r] += sum;
     }
-    const int64_t width = by_row ? a_.Sq : by_key ? a_.Sk : 1, first = block * kGranule;
-    for (int64_t i = 0; i < kGranule && first + i < width; ++i) {
-      const int64_t at = map * width + first + i;
-      if (a_.dbias_fp32) ((float*)a_.dbias)[at] = float(sum[i]);
-      else from_float(float(sum[i]), (T*)a_.dbias + at);
+  }
+
+  // The sum of dS * |q_pos - k_pos| over the tile in sum_.
+  double distances() const {
+    const QueryRows& rows = tile_.rows();
+    double sum = 0;
+    for (int j = 0; j < tile_.keys(); ++j) {
+      const int64_t k_pos = key_position(a_, rows.b, tile_.key() + j);
+      float column = 0.f;
+      for (int r = 0; r < rows.count; ++r) {
+        column += sum_[r * kGranule + j] * float(__builtin_llabs(rows.position[r] - k_pos));
+      }
+      sum += column;
     }
+    return sum;
   }
 
   const AttentionBwdArgs& a_;
   const typename Tile::Wanted wanted_;
   const int64_t wide_, wide_v_;
-  const bool all_keys_;
+  const bool sums_, all_keys_;
   Tile tile_;
-  float *sum_, *dq_, *dk_, *dv_;
+  float *dq_, *dk_, *dv_, *sum_;
 };
 
 template <class X>

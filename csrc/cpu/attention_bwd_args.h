@@ -38,19 +38,18 @@ struct AttentionBwdArgs : AttentionArgs {
   Gradient dq, dk, dv;
   bool grads_fp32;
 
-  void* dbias;  // null: not asked for; contiguous [bias_B, bias_H, bias_Sq, bias_Sk], 1 where it broadcasts
-  bool dbias_fp32;
-  int64_t bias_B, bias_H, bias_Sq, bias_Sk;
+  int64_t batches;  // neighbouring batches that a task of `heads` does
+
+  // A bias with rows: dbias, contiguous [bias_B, bias_H, Sq, bias_Sk], 1 where it broadcasts; written by
+  // `heads` or by `bias`. Without: sums over rows, contiguous [B, Hq, Sk]. Null: not asked for.
+  void* dbias;
+  bool dbias_fp32, sums_in_heads;
+  int64_t bias_B, bias_H, bias_Sk;
+  float* dbias_columns;
   float* dslopes;  // null: not asked for; [B, Hq]
 
   int64_t k_blocks() const { return (Sk + kGranule - 1) / kGranule; }
 };
-
-// Granules of rows where the bias has rows, of keys where it has only keys, for each of its maps.
-static inline int64_t bias_tasks(const AttentionBwdArgs& a) {
-  const int64_t blocks = a.bias_Sq > 1 ? a.q_blocks() : a.bias_Sk > 1 ? a.k_blocks() : 1;
-  return a.bias_B * a.bias_H * blocks;
-}
 
 using AttentionBwdTask = void (*)(const AttentionBwdArgs&, int64_t task, void* scratch);
 

@@ -89,6 +89,9 @@ struct PairedRows {
 };
 #endif
 
+// What a tile is computed for: the products, sums of dS over tiles, or both.
+enum class TileUse { kProducts, kSums, kBoth };
+
 template <class T, class Rows>
 class GradientTile {
   using Product = typename Rows::Product;
@@ -133,9 +136,13 @@ class GradientTile {
     packed_ = false;
   }
 
+  // Where tiles computed for sums add dS, that is the bias's gradient: [row][64] and by key, [64]; each may
+  // be null.
+  void sum_into(float* tile, float* columns) { sum_tile_ = tile, sum_columns_ = columns; }
+
   // P and dS of the loaded keys and a block of queries, `tile` their bits or null; false where no row sees
-  // any key. Whether dS is left in fp32 for sums over it (PLAIN), or P and dS as the products take them.
-  template <bool PLAIN>
+  // any key.
+  template <TileUse USE>
   bool compute(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile) {
     const QueryBlock& block = a_.blocks[(b * a_.Hq + h) * a_.q_blocks() + q_block];
     const KeyExtent extent{block.seen_lo, block.seen_hi, block.all_lo, block.all_hi};
@@ -144,27 +151,28 @@ class GradientTile {
     const int count = int(a_.Sq - first < kGranule ? a_.Sq - first : kGranule);
     block_ = &block;
     // Lanes past the last key must hold 0, so a ragged granule is a partial one.
-    masked_ = tile || keys_ < kGranule || !extent.covers(key_, keys_);
-    if (masked_) {
+    bool masked = tile || keys_ < kGranule || !extent.covers(key_, keys_);
+    if (masked) {
       const BlockMask mask(a_, b, h, first, count);
       if (!mask.row_words({key_, keys_, true, tile}, words_)) return false;
+      segments_ = segments_of(words_, count, segment_);
     } else {
       for (uint64_t& word : words_) word = ~0ull;
+      segment_[0] = {0, count, 0, kVectors}, segments_ = 1;
     }
     rows_ = QueryRows(a_, b, h, first, count);
-    if (masked_ && !PLAIN) segments_ = segments_of(words_, count, segment_);
-    else segment_[0] = {0, count, 0, (keys_ + kLanes - 1) / kLanes}, segments_ = 1;
-    if (!packed_) pack_keys<PLAIN>();
-    scores();
-    if (terms_ &&
-        !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_, segments_, scores_, cap_, words_))
-      masked_ = true;
+    if (!packed_) pack_keys<USE>();
+    scores<USE>();
+    if (terms_) {
+      masked |=
+          !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_, segments_, scores_, cap_, words_);
+    }
     if (a_.dropout) dropout();
     lse2_ = a_.lse2 + (b * a_.Hq + h) * a_.Sq + first;
     delta_ = a_.delta + (b * a_.Hq + h) * a_.Sq + first;
-    if (masked_) a_.dropout ? gradients<PLAIN, true, true>() : gradients<PLAIN, true, false>();
-    else a_.dropout ? gradients<PLAIN, false, true>() : gradients<PLAIN, false, false>();
-    if constexpr (!PLAIN) {
+    if (masked) a_.dropout ? gradients<USE, true, true>() : gradients<USE, true, false>();
+    else a_.dropout ? gradients<USE, false, true>() : gradients<USE, false, false>();
+    if constexpr (USE != TileUse::kSums) {
       Rows::clear_rows(block.bad_q, a_.D, q_rows_);
       Rows::clear_rows(block.bad_dout, a_.Dv, dout_rows_);
     }
@@ -174,8 +182,6 @@ class GradientTile {
   const QueryRows& rows() const { return rows_; }
   int64_t key() const { return key_; }
   int keys() const { return keys_; }
-  // dS after compute<true>, [row][key]; lanes past the last key are 0.
-  const float* ds() const { return ds_; }
 
   // acc[row][column] += dS K, for the block's rows.
   void add_dq(float* acc) const {
@@ -225,13 +231,12 @@ class GradientTile {
   }
 
  private:
-  template <bool PLAIN>
+  template <TileUse USE>
   void pack_keys() {
     packed_ = true;
     Rows::pack_lanes(k_, a_.k.row, keys_, a_.D, k_t_);
     Rows::pack_lanes(v_, a_.v.row, keys_, a_.Dv, v_t_);
-    if constexpr (!PLAIN) {
-      if (!wanted_.dq) return;
+    if (USE != TileUse::kSums && wanted_.dq) {
       bad_k_ = rows_not_finite(k_, a_.k.row, keys_, a_.D);
       Rows::pack_rows(k_, a_.k.row, keys_, a_.D, bad_k_, k_rows_);
       Rows::clear_rows(bad_k_, a_.D, k_rows_);
@@ -244,12 +249,13 @@ class GradientTile {
   }
 
   // S to `scores`, dP to `ds`.
+  template <TileUse USE>
   void scores() {
     const T *q = row_of<T>(a_.q), *dout = row_of<T>(a_.dout);
-    if (kRows == 1 || wanted_.dk) {
+    if (kRows == 1 || (USE != TileUse::kSums && wanted_.dk)) {
       Rows::pack_rows(q, a_.q.row, rows_.count, a_.D, block_->bad_q, q_rows_);
     }
-    if (kRows == 1 || wanted_.dv) {
+    if (kRows == 1 || (USE != TileUse::kSums && wanted_.dv)) {
       Rows::pack_rows(dout, a_.dout.row, rows_.count, a_.Dv, block_->bad_dout, dout_rows_);
     }
     const Broadcast queries = Rows::rows(q, a_.q.row, q_rows_, a_.D);
@@ -273,9 +279,8 @@ class GradientTile {
     transpose_bits(keep_);
   }
 
-  template <bool PLAIN, bool MASKED, bool DROPOUT>
+  template <TileUse USE, bool MASKED, bool DROPOUT>
   void gradients() {
-    const bool capped = a_.softcap != 0.f && !PLAIN;
     for (int s = 0; s < segments_; ++s) {
       const Segment seg = segment_[s];
       for (int r = seg.first; r < seg.last; r += kRows) {
@@ -283,21 +288,17 @@ class GradientTile {
         const F32 lse0 = splat(lse2_[r]), delta0 = splat(delta_[r]);
         const F32 lse1 = splat(lse2_[r + both]), delta1 = splat(delta_[r + both]);
         for (int c = seg.from; c < seg.to; ++c) {
-          F32 p0, p1 = zero(), ds1 = zero(), ds0 = element<MASKED, DROPOUT>(r, c, lse0, delta0, capped, &p0);
-          if (both) ds1 = element<MASKED, DROPOUT>(r + 1, c, lse1, delta1, capped, &p1);
-          if constexpr (PLAIN) {
-            store(ds_ + r * kGranule + c * kLanes, ds0);
-            if (both) store(ds_ + (r + 1) * kGranule + c * kLanes, ds1);
-          } else {
-            put(r, c, p0, p1, ds0, ds1);
-          }
+          F32 p0, p1 = zero(), ds1 = zero(), ds0 = element<USE, MASKED, DROPOUT>(r, c, lse0, delta0, &p0);
+          if (both) ds1 = element<USE, MASKED, DROPOUT>(r + 1, c, lse1, delta1, &p1);
+          if constexpr (USE != TileUse::kSums) put(r, c, p0, p1, ds0, ds1);
         }
       }
     }
   }
 
-  template <bool MASKED, bool DROPOUT>
-  FASTATTN_INLINE F32 element(int r, int c, F32 lse, F32 delta, bool capped, F32* p_kept) const {
+  // dS of a lane vector, and P as it multiplies V.
+  template <TileUse USE, bool MASKED, bool DROPOUT>
+  FASTATTN_INLINE F32 element(int r, int c, F32 lse, F32 delta, F32* p_kept) const {
     const int64_t at = r * kGranule + c * kLanes;
     F32 p = exp2<kExpDegree<T>>(fms(load(scores_ + at), splat(scale2_), lse)), dp = load(ds_ + at);
     if constexpr (MASKED) p = select(lanes(words_[r], c), p, zero());
@@ -308,8 +309,12 @@ class GradientTile {
       dp = select(keep, dp * splat(a_.dropout_scale), zero());
     }
     F32 ds = p * (dp - delta);
-    if (capped) ds = ds * load(cap_ + at);
     if constexpr (MASKED) ds = select(lanes(words_[r], c), ds, zero());
+    if constexpr (USE != TileUse::kProducts) {
+      if (sum_tile_) store(sum_tile_ + at, load(sum_tile_ + at) + ds);
+      if (sum_columns_) store(sum_columns_ + c * kLanes, load(sum_columns_ + c * kLanes) + ds);
+    }
+    if (USE != TileUse::kSums && a_.softcap != 0.f) ds = ds * load(cap_ + at);
     return ds;
   }
 
@@ -375,7 +380,7 @@ class GradientTile {
   QueryRows rows_;
   const QueryBlock* block_ = nullptr;
   const float *lse2_ = nullptr, *delta_ = nullptr;
-  bool masked_ = false;
+  float *sum_tile_ = nullptr, *sum_columns_ = nullptr;
   int segments_ = 0;
   Segment segment_[4];
   alignas(64) uint64_t words_[kGranule];
