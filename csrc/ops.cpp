@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "Tensor? kv_lengths, Tensor? k_scale, Tensor? v_scale, Tensor? sinks, bool[6] needs, bool grads_fp32) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsinks)");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
+  m.def("_attention_bwd_route() -> str");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");
 }

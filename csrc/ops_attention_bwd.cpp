@@ -1,5 +1,9 @@
 // CPU binding of attention_bwd.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <memory>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -10,15 +14,19 @@
 namespace fastattn {
 namespace {
 
-// Empty in the order of heads and rows of x, or of no elements where it is not needed.
-Tensor gradient_like(const Tensor& x, bool needed, bool fp32, Gradient* g) {
+// Uninitialised and contiguous in the shape of x, or of no elements where it is not needed.
+Tensor empty_like(const Tensor& x, bool needed, bool fp32) {
   const ScalarType dtype = fp32 ? ScalarType::Float : x.scalar_type();
   if (!needed) return torch::stable::new_empty(x, {0}, dtype);
-  const bool rows_first = x.stride(1) < x.stride(2);
-  Tensor t = torch::stable::new_empty(
-      x, {x.size(0), x.size(rows_first ? 2 : 1), x.size(rows_first ? 1 : 2), x.size(3)}, dtype);
+  return torch::stable::new_empty(x, x.sizes(), dtype);
+}
+
+// The same in the order of heads and rows of x [B, H, S, D].
+Tensor gradient_like(const Tensor& x, bool needed, bool fp32, Gradient* g) {
+  const bool rows_first = needed && x.stride(1) < x.stride(2);
+  Tensor t = empty_like(rows_first ? torch::stable::transpose(x, 1, 2) : x, needed, fp32);
   if (rows_first) t = torch::stable::transpose(t, 1, 2);
-  *g = {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  if (needed) *g = {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
   return t;
 }
 
@@ -31,11 +39,9 @@ Tensor contiguous_float(const Tensor& t) {
       t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, std::optional(ScalarType::Float)));
 }
 
-Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Float);
-}
-
-float* floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+// Memory of one call.
+using Floats = std::unique_ptr<float[]>;
+Floats floats(int64_t n) { return Floats(new float[size_t(n)]); }
 
 void check_results(const AttentionArgs& a, const Tensor& dout, const Tensor& out, const Tensor& lse) {
   STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == a.B && out.size(1) == a.Hq && out.size(2) == a.Sq &&
@@ -74,6 +80,9 @@ struct Costs {
   double bias() const { return 2.5 * batches * heads / threads; }
 };
 
+// The tasking of the last call, for tests.
+std::atomic<const char*> last_route{"none"};
+
 void run_gradients(AttentionBwdArgs* a, const AttentionBwdTasks& tasks) {
   const auto run = [&](int64_t count, AttentionBwdTask task, bool heads) {
     run_tasks(count, tasks.scratch(*a, heads), [&](int64_t i, void* scratch) { task(*a, i, scratch); });
@@ -91,6 +100,7 @@ void run_gradients(AttentionBwdArgs* a, const AttentionBwdTasks& tasks) {
       a->batches = shared ? a->B : 1;
     }
   }
+  last_route = a->sums_in_heads ? "heads with bias" : heads ? "heads" : "queries and keys";
   if (heads) {
     run(a->B / a->batches * a->Hkv, tasks.heads, true);
   } else {
@@ -119,10 +129,9 @@ void sum_columns(const AttentionBwdArgs& a, Out* out) {
   }
 }
 
-// parts [outer, n, inner] to [n], in one order.
-Tensor sum_over(const Tensor& like, const float* parts, int64_t outer, int64_t n, int64_t inner) {
-  Tensor result = new_floats(like, {n});
-  float* out = floats_of(result);
+// parts [outer, n, inner] to n sums, in one order.
+void sum_over(const float* parts, int64_t outer, int64_t n, int64_t inner, Tensor* result) {
+  float* out = static_cast<float*>(result->mutable_data_ptr());
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0;
     for (int64_t o = 0; o < outer; ++o) {
@@ -130,7 +139,6 @@ Tensor sum_over(const Tensor& like, const float* parts, int64_t outer, int64_t n
     }
     out[i] = float(sum);
   }
-  return result;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -173,32 +181,29 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   if (dlse) a.dlse = static_cast<const float*>(given_dlse.const_data_ptr());
 
   const int64_t rows = a.B * a.Hq * a.Sq, blocks = a.B * a.Hq * a.q_blocks();
-  Tensor statistics = new_floats(q, {2 * rows});
-  Tensor block_space = new_floats(q, {blocks * int64_t(sizeof(QueryBlock) / 4)});
-  a.lse2 = floats_of(statistics), a.delta = a.lse2 + rows;
-  a.blocks = static_cast<QueryBlock*>(block_space.mutable_data_ptr());
   const bool needs_bias = needs[3] && bias, needs_slopes = needs[4] && alibi_slopes;
   const bool needs_sinks = needs[5] && sinks;
-  Tensor sink_parts = new_floats(q, {needs_sinks ? blocks : 0});
-  if (needs_sinks) a.dsinks = floats_of(sink_parts);
+  const Floats statistics = floats(2 * rows), sink_parts = floats(needs_sinks ? blocks : 0);
+  const std::unique_ptr<QueryBlock[]> query_blocks(new QueryBlock[size_t(blocks)]);
+  a.exponent = statistics.get(), a.delta = a.exponent + rows, a.blocks = query_blocks.get();
+  if (needs_sinks) a.dsinks = sink_parts.get();
 
   a.grads_fp32 = grads_fp32 || q.scalar_type() == ScalarType::Float;
   Tensor dq = gradient_like(q, needs[0], grads_fp32, &a.dq);
   Tensor dk = gradient_like(k, needs[1], grads_fp32, &a.dk);
   Tensor dv = gradient_like(v, needs[2], grads_fp32, &a.dv);
 
-  Tensor columns = new_floats(q, {needs_bias && bias->size(2) == 1 ? a.B * a.Hq * a.Sk : 0});
-  Tensor dbias = torch::stable::new_empty(q, {0}, bias ? bias->scalar_type() : q.scalar_type());
+  const bool by_columns = needs_bias && bias->size(2) == 1;
+  const Floats columns = floats(by_columns ? a.B * a.Hq * a.Sk : 0);
+  Tensor dbias = empty_like(bias ? *bias : q, needs_bias, grads_fp32);
   if (needs_bias) {
     a.dbias_fp32 = grads_fp32 || a.bias_fp32;
     a.bias_B = bias->size(0), a.bias_H = bias->size(1), a.bias_Sk = bias->size(3);
-    dbias = torch::stable::new_empty(q, {a.bias_B, a.bias_H, bias->size(2), a.bias_Sk},
-                                     a.dbias_fp32 ? ScalarType::Float : bias->scalar_type());
-    if (bias->size(2) == 1) a.dbias_columns = floats_of(columns);
+    if (by_columns) a.dbias_columns = columns.get();
     else a.dbias = dbias.mutable_data_ptr();
   }
-  Tensor slope_parts = new_floats(q, {needs_slopes ? a.B * a.Hq : 0});
-  if (needs_slopes) a.dslopes = floats_of(slope_parts);
+  const Floats slope_parts = floats(needs_slopes ? a.B * a.Hq : 0);
+  if (needs_slopes) a.dslopes = slope_parts.get();
 
   const AttentionBwdTasks& tasks = kernels().attention_bwd[int(storage_of(q, "q"))];
   run_tasks(blocks, 0, [&](int64_t i, void* scratch) { tasks.rows(a, i, scratch); });
@@ -210,19 +215,22 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
     else if (q.scalar_type() == ScalarType::BFloat16) sum_columns(a, static_cast<BFloat16*>(at));
     else sum_columns(a, static_cast<Half*>(at));
   }
-  Tensor dslopes = new_floats(q, {0}), dsinks = new_floats(q, {0});
+  Tensor dslopes = empty_like(alibi_slopes ? *alibi_slopes : lse, needs_slopes, false);
   if (needs_slopes) {
-    const int64_t b = alibi_slopes->size(0), h = alibi_slopes->size(1);
-    // [B, Hq] over the batches or heads that share a slope.
-    dslopes = torch::stable::reshape(
-        sum_over(q, a.dslopes, b > 1 ? 1 : a.B, (b > 1 ? a.B : 1) * (h > 1 ? a.Hq : 1), h > 1 ? 1 : a.Hq),
-        {b, h});
+    const bool by_batch = dslopes.size(0) > 1, by_head = dslopes.size(1) > 1;
+    sum_over(a.dslopes, by_batch ? 1 : a.B, dslopes.numel(), by_head ? 1 : a.Hq, &dslopes);
   }
-  if (needs_sinks) dsinks = sum_over(q, a.dsinks, a.B, a.Hq, a.q_blocks());
+  Tensor dsinks = empty_like(sinks ? *sinks : lse, needs_sinks, false);
+  if (needs_sinks) sum_over(a.dsinks, a.B, a.Hq, a.q_blocks(), &dsinks);
   return {dq, dk, dv, dbias, dslopes, dsinks};
 }
+
+std::string attention_bwd_route() { return last_route.load(); }
 
 }  // namespace
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) { m.impl("attention_bwd", TORCH_BOX(&fastattn::attention_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
+  m.impl("_attention_bwd_route", TORCH_BOX(&fastattn::attention_bwd_route));
+}

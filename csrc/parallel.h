@@ -14,9 +14,11 @@
 
 namespace fastattn {
 
-// A thread's scratch, kept from call to call.
+// A thread's scratch, kept from call to call unless it is large.
 class Scratch {
  public:
+  static constexpr int64_t kKept = int64_t(8) << 20;
+
   void* get(int64_t bytes) {
     if (bytes > size_) {
       std::free(data_);
@@ -28,9 +30,15 @@ class Scratch {
   }
   ~Scratch() { std::free(data_); }
 
-  static void* of_thread(int64_t bytes) {
+  void done() {
+    if (size_ <= kKept) return;
+    std::free(data_);
+    data_ = nullptr, size_ = 0;
+  }
+
+  static Scratch& of_thread() {
     static thread_local Scratch scratch;
-    return scratch.get(bytes);
+    return scratch;
   }
 
  private:
@@ -55,8 +63,10 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
   const auto run = [&](int64_t i, void* scratch) { task((i * step + seed) % tasks, scratch); };
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   if (threads <= 1) {
-    void* scratch = Scratch::of_thread(scratch_bytes);
+    Scratch& mine = Scratch::of_thread();
+    void* scratch = mine.get(scratch_bytes);
     for (int64_t i = 0; i < tasks; ++i) run(i, scratch);
+    mine.done();
     return;
   }
   // Threads take short runs of tasks as they get free: tasks differ in what they see.
@@ -64,10 +74,12 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      void* scratch = Scratch::of_thread(scratch_bytes);
+      Scratch& mine = Scratch::of_thread();
+      void* scratch = mine.get(scratch_bytes);
       for (int64_t i; (i = next.fetch_add(run_length, std::memory_order_relaxed)) < tasks;) {
         for (int64_t j = i; j < std::min(i + run_length, tasks); ++j) run(j, scratch);
       }
+      mine.done();
     }
   });
 }

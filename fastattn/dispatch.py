@@ -54,8 +54,6 @@ def _refuse_cpu(p: Problem) -> str | None:
         return "float64 is computed by the reference"
     if p.has_tangents():
         return "forward-mode AD needs tangents, which a custom op would silently make zero"
-    if p.alibi_slopes is not None and p.alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return "alibi_slopes requires a gradient"
     if max(p.Sq, p.Sk) >= 2**31 - 1:
         return "sequences of 2^31 - 1 rows and more"
     return None

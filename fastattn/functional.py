@@ -190,9 +190,12 @@ def _rows_adjacent(t: Tensor) -> Tensor:
 
 
 def _total_bias(p: Problem, lowered: Lowered) -> Tensor | None:
-    if lowered.bias is None or p.bias is None:
-        return lowered.bias if p.bias is None else p.bias
-    return lowered.bias.float() + p.bias.float()
+    mask_bias = lowered.bias
+    if mask_bias is not None and isinstance(p.mask, Tensor):
+        mask_bias = p.mask  # not expanded: its gradient then has its own shape, summed by the kernel
+    if mask_bias is None or p.bias is None:
+        return mask_bias if p.bias is None else p.bias
+    return mask_bias.float() + p.bias.float()
 
 
 def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
@@ -201,9 +204,7 @@ def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
     if p.alibi_slopes is not None:
         alibi = p.alibi_slopes.float().reshape(-1, p.Hq)
     grad = p.needs_grad()
-    # A sink that learns is applied outside the op, through the differentiable LSE.
-    outside = p.sinks is not None and grad and p.sinks.requires_grad
-    sinks = None if p.sinks is None or outside else p.sinks.float().contiguous()
+    sinks = None if p.sinks is None else p.sinks.float().contiguous()
     arguments = (
         _rows_adjacent(p.q),
         _rows_adjacent(p.k),
@@ -235,9 +236,6 @@ def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
     else:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _attention_fwd(*arguments)
-    if outside:
-        kept = torch.sigmoid(torch.where(lse == float("-inf"), 0.0, lse) - p.sinks.float()[:, None])
-        out = (out * kept.unsqueeze(-1)).to(out.dtype)
     return out, lse
 
 
@@ -285,8 +283,6 @@ class Explanation:
         self.detail = ""
         if self.kernel == "cpu":
             self.detail = f"{_info.isa()} ({_info.isa_reason()})"
-            if p.sinks is not None and p.sinks.requires_grad and p.needs_grad():
-                self.notes.append("sinks learn: applied outside the kernel through the LSE")
         self.call = features(p)
         self.mask = describe(lowered)
 

@@ -18,6 +18,8 @@ _FWD = tuple(
     "q k v scale band_lo band_hi lo hi block_offsets block_list bit_tiles bias alibi_slopes softcap dropout_p "
     "dropout_seed q_pos k_pos block_table kv_lengths k_scale v_scale sinks out_fp32".split()
 )
+# The order of attention_bwd's `needs` and of its results.
+_DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 
 def _output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -42,13 +44,24 @@ def _(q, k, v, scale, is_causal):
 
 @torch.library.register_fake("fastattn::attention_bwd")
 def _(dout, dlse, q, k, v, out, lse, *rest):
-    bias, needs, fp32 = rest[10], rest[-2], rest[-1]
+    bias, slopes, sinks, needs, fp32 = rest[10], rest[11], *rest[-3:]
 
-    def like(t: Tensor, needed: bool) -> Tensor:
-        return t.new_empty(t.shape if needed else (0,), dtype=torch.float32 if fp32 else t.dtype)
+    def empty(t: Tensor | None, missing: Tensor, needed: bool) -> Tensor:
+        like = missing if t is None else t
+        dtype = torch.float32 if fp32 else like.dtype
+        return like.new_empty(0 if t is None or not needed else t.shape, dtype=dtype)
 
-    dbias = q.new_empty(0) if bias is None else like(bias, needs[3])
-    return like(q, needs[0]), like(k, needs[1]), like(v, needs[2]), dbias
+    def operand(t: Tensor, needed: bool) -> Tensor:
+        if not needed:
+            return empty(None, t, False)
+        return _output_like(t, t.shape[3], torch.float32 if fp32 else t.dtype)
+
+    return (
+        *(operand(t, needed) for t, needed in zip((q, k, v), needs)),
+        empty(bias, q, needs[3]),
+        empty(slopes, lse, needs[4]),
+        empty(sinks, lse, needs[5]),
+    )
 
 
 def _setup(ctx, inputs, output):
@@ -69,7 +82,6 @@ def _backward(ctx, dout, dlse):
         if dout is None:
             dout = torch.zeros_like(out)
         needed = dict(zip(_FWD, ctx.needs_input_grad))
-        wanted = [n for n in ("q", "k", "v", "bias") if needed[n]]
         offsets_t = list_t = None
         if given["block_list"] is not None:
             n_q, n_k = ((given[n].shape[2] + 63) // 64 for n in ("q", "k"))
@@ -85,10 +97,10 @@ def _backward(ctx, dout, dlse):
             offsets_t,
             list_t,
             *(given[n] for n in _FWD[10:23]),
-            [n in wanted for n in ("q", "k", "v", "bias")],
+            [needed[n] for n in _DIFFERENTIABLE],
             False,
         )
-        grads = {n: g for n, g in zip(("q", "k", "v", "bias"), results) if n in wanted}
+        grads = {n: g for n, g in zip(_DIFFERENTIABLE, results) if needed[n]}
     return tuple(grads.get(n) for n in _FWD)
 
 

@@ -200,12 +200,26 @@ class AttentionForward {
     }
   }
 
-  void granule(const BlockMask::Granule& g) {
+  void granule(BlockMask::Granule g) {
     scores(g);
     if (terms_) apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms);
+    if (exact_ && a_.bias) hide_by_bias(&g);
     if (a_.dropout) dropout_words(a_, rows_, g.key, g.keys, keep_);
     terms_ ? softmax<NaturalScores>(g.partial) : softmax<FoldedScale>(g.partial);
     values(g);
+  }
+
+  // Takes the keys that the bias hides from the granule's words.
+  void hide_by_bias(BlockMask::Granule* g) {
+    for (int j = 0; j < g->keys; ++j) {
+      uint64_t seen = 0;
+      for (int c = 0; c < vectors_; ++c) {
+        const F32 x = load(buf_.scores + j * kGranule + c * kLanes);
+        seen |= uint64_t(bits_of(x > splat(-__builtin_inff())) | bits_of(is_nan(x))) << (c * kLanes);
+      }
+      words_[j] = g->partial ? words_[j] & seen : seen & low_bits(rows_.count);
+    }
+    g->partial = true;
   }
 
   template <class Units>

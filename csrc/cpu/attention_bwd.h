@@ -1,6 +1,6 @@
 // Attention backward: the passes over the tiles of attention_bwd_tile.h.
 //
-//   rows      delta = sum(dO * O) - dlse, lse in units of log2, the key extent of every 64 query rows
+//   rows      delta = sum(dO * O) - dlse, lse as the exponents take it, the key extent of every 64 query rows
 //   heads     dq, dk, dv of a kv head: K granules, and for each the query blocks that see it; five products
 //             a tile. dQ accumulates in fp32 beside the work.
 //   queries   dq of a query block, and keys: dk, dv of a K granule; seven products a tile, for calls with
@@ -42,11 +42,12 @@ class BackwardRows {
     const Out* gradient = (const Out*)g.data + b * g.batch + h * g.head + first * g.row;
     const Out* out = (const Out*)a.out + b * a.out_batch + h * a.out_head + first * a.out_row;
     const int64_t at = head * a.Sq + first;
+    const float unit = has_score_terms(a) ? 1.f : kLog2E;
     double dsink = 0;
     for (int r = 0; r < count; ++r, gradient += g.row, out += a.out_row) {
       const float lse = a.lse[at + r];
       if (lse == -__builtin_inff()) {
-        a.lse2[at + r] = __builtin_inff(), a.delta[at + r] = 0.f;
+        a.exponent[at + r] = __builtin_inff(), a.delta[at + r] = 0.f;
         continue;
       }
       float delta = dot(gradient, out, a.Dv), gate = 1.f, gated = lse;
@@ -62,7 +63,7 @@ class BackwardRows {
         if (gate < 7.9e-31f) gate = 7.9e-31f, gated = lse + 69.3f;
         delta -= a.dlse[at + r] / gate;
       }
-      a.lse2[at + r] = gated * kLog2E, a.delta[at + r] = delta;
+      a.exponent[at + r] = gated * unit, a.delta[at + r] = delta;
     }
     if (a.dsinks) a.dsinks[task] = float(dsink);
   }
@@ -208,7 +209,7 @@ class AttentionBackward {
       if (sums_) tile_.sum_into(sum_ + m * kGranule * kGranule, nullptr);
       if (tile_.template compute<USE>(b, h, m, bits)) visit(m);
     };
-    if (!a_.block_list_t) {
+    if (!a_.block_offsets_t) {
       for (int64_t m = from; m < to; ++m) compute(m, nullptr);
       return;
     }
@@ -320,21 +321,28 @@ class AttentionBackward {
   float *dq_, *dk_, *dv_, *sum_;
 };
 
+// Which operands a storage takes: pairs of bf16 where the machine has their dot.
+template <class T>
+struct Operands {
+  using Best = WidenedRows<T>;
+};
+#ifdef FASTATTN_HAS_DOT2
+template <>
+struct Operands<BFloat16> {
+  using Best = PairedRows;
+};
+#endif
+
 template <class X>
 struct Of {
   using type = X;
 };
 
-// Calls with the pass class for the call's storage: pairs of bf16 where the machine has their dot and the
-// widths allow it.
+// Calls with the passes for the call's storage and widths.
 template <class T, class Call>
 auto with_backward(const AttentionBwdArgs& a, const Call& call) {
-#ifdef FASTATTN_HAS_DOT2
-  if constexpr (kExpDegree<T> == 3) {
-    if (a.D % 2 == 0 && a.Dv % 2 == 0) return call(Of<AttentionBackward<T, PairedRows>>{});
-  }
-#endif
-  (void)a;
+  using Best = typename Operands<T>::Best;
+  if (a.D % Best::kRows == 0 && a.Dv % Best::kRows == 0) return call(Of<AttentionBackward<T, Best>>{});
   return call(Of<AttentionBackward<T, WidenedRows<T>>>{});
 }
 

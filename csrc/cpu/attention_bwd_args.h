@@ -24,9 +24,10 @@ struct AttentionBwdArgs : AttentionArgs {
   Operand dout_as_out;  // in out's storage: the same tensor, unless out is fp32 and q is not
   const float* dlse;    // null: 0; contiguous [B, Hq, Sq]
 
-  // Of the row pass, [B, Hq, Sq]: lse with the sink in it, in units of log2, +inf for a row that sees
-  // nothing; and sum(dout * out) - dlse, what the softmax's derivative takes off.
-  float *lse2, *delta;
+  // Of the row pass, [B, Hq, Sq]: lse with the sink in it, in the units of has_score_terms' scores (natural)
+  // or else of log2, +inf for a row that sees nothing; and sum(dout * out) - dlse, what the softmax's
+  // derivative takes off.
+  float *exponent, *delta;
   QueryBlock* blocks;  // [B, Hq, q_blocks]
   float* dsinks;       // null: not asked for; [B, Hq, q_blocks], the sinks' gradient in parts
 
@@ -57,12 +58,12 @@ using AttentionBwdTask = void (*)(const AttentionBwdArgs&, int64_t task, void* s
 // work of `queries` and `keys` together, to the same bits, with one computation of the probabilities
 // instead of two; there are fewer and longer tasks of it.
 struct AttentionBwdTasks {
-  AttentionBwdTask rows;                                    // [B, Hq, q_blocks] tasks: lse2, delta, blocks
-  AttentionBwdTask heads;                                   // [B, Hkv]: dq, dk, dv
-  AttentionBwdTask queries;                                 // [B, Hq, q_blocks]: dq
-  AttentionBwdTask keys;                                    // [B, Hkv, k_blocks]: dk, dv
-  AttentionBwdTask bias;                                    // bias_tasks(): dbias
-  AttentionBwdTask slopes;                                  // [B, Hq]: dslopes
+  AttentionBwdTask rows;     // [B, Hq, q_blocks] tasks: exponent, delta, blocks
+  AttentionBwdTask heads;    // [B, Hkv]: dq, dk, dv
+  AttentionBwdTask queries;  // [B, Hq, q_blocks]: dq
+  AttentionBwdTask keys;     // [B, Hkv, k_blocks]: dk, dv
+  AttentionBwdTask bias;     // bias_tasks(): dbias
+  AttentionBwdTask slopes;   // [B, Hq]: dslopes
   int64_t (*scratch)(const AttentionBwdArgs&, bool heads);  // bytes, for a task of `heads` or any other
 };
 

@@ -113,7 +113,8 @@ class GradientTile {
         wide_(padded(a.D)),
         wide_v_(padded(a.Dv)),
         terms_(has_score_terms(a)),
-        scale2_(terms_ ? kLog2E : a.scale * kLog2E),
+        factor_(terms_ ? 1.f : a.scale * kLog2E),
+        unit_(terms_ ? kLog2E : 1.f),
         rows_(a, 0, 0, 0, 1) {
     const auto take = [&](int64_t width) {
       float* at = scratch;
@@ -168,7 +169,7 @@ class GradientTile {
           !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_, segments_, scores_, cap_, words_);
     }
     if (a_.dropout) dropout();
-    lse2_ = a_.lse2 + (b * a_.Hq + h) * a_.Sq + first;
+    lse_ = a_.exponent + (b * a_.Hq + h) * a_.Sq + first;
     delta_ = a_.delta + (b * a_.Hq + h) * a_.Sq + first;
     if (masked) a_.dropout ? gradients<USE, true, true>() : gradients<USE, true, false>();
     else a_.dropout ? gradients<USE, false, true>() : gradients<USE, false, false>();
@@ -285,8 +286,8 @@ class GradientTile {
       const Segment seg = segment_[s];
       for (int r = seg.first; r < seg.last; r += kRows) {
         const bool both = kRows == 2 && r + 1 < seg.last;
-        const F32 lse0 = splat(lse2_[r]), delta0 = splat(delta_[r]);
-        const F32 lse1 = splat(lse2_[r + both]), delta1 = splat(delta_[r + both]);
+        const F32 lse0 = splat(lse_[r]), delta0 = splat(delta_[r]);
+        const F32 lse1 = splat(lse_[r + both]), delta1 = splat(delta_[r + both]);
         for (int c = seg.from; c < seg.to; ++c) {
           F32 p0, p1 = zero(), ds1 = zero(), ds0 = element<USE, MASKED, DROPOUT>(r, c, lse0, delta0, &p0);
           if (both) ds1 = element<USE, MASKED, DROPOUT>(r + 1, c, lse1, delta1, &p1);
@@ -300,7 +301,9 @@ class GradientTile {
   template <TileUse USE, bool MASKED, bool DROPOUT>
   FASTATTN_INLINE F32 element(int r, int c, F32 lse, F32 delta, F32* p_kept) const {
     const int64_t at = r * kGranule + c * kLanes;
-    F32 p = exp2<kExpDegree<T>>(fms(load(scores_ + at), splat(scale2_), lse)), dp = load(ds_ + at);
+    // In natural units where there are terms: the lowest finite bias must not overflow.
+    const F32 exponent = fms(load(scores_ + at), splat(factor_), lse) * splat(unit_);
+    F32 p = exp2<kExpDegree<T>>(exponent), dp = load(ds_ + at);
     if constexpr (MASKED) p = select(lanes(words_[r], c), p, zero());
     *p_kept = p;
     if constexpr (DROPOUT) {
@@ -367,7 +370,7 @@ class GradientTile {
   const Wanted wanted_;
   const int64_t wide_, wide_v_;
   const bool terms_;
-  const float scale2_;
+  const float factor_, unit_;
   float *k_t_, *v_t_, *k_rows_, *q_rows_, *dout_rows_, *scores_, *ds_, *cap_, *ds_narrow_;
   int32_t *p_pairs_, *ds_pairs_;
 
@@ -379,7 +382,7 @@ class GradientTile {
 
   QueryRows rows_;
   const QueryBlock* block_ = nullptr;
-  const float *lse2_ = nullptr, *delta_ = nullptr;
+  const float *lse_ = nullptr, *delta_ = nullptr;
   float *sum_tile_ = nullptr, *sum_columns_ = nullptr;
   int segments_ = 0;
   Segment segment_[4];

@@ -34,6 +34,8 @@ inline bool has_score_terms(const AttentionArgs& a) {
   return a.softcap != 0.f || a.bias || a.alibi_slopes || !(a.scale > 0.f);
 }
 
+FASTATTN_INLINE Mask hidden_by(F32 bias) { return splat(-3.402823466e38f) > bias; }
+
 // terms[key][lane] = bias(row = lane, key), whichever way the tensor lies.
 template <class T>
 void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* terms) {
@@ -82,8 +84,11 @@ void apply_score_terms(const AttentionArgs& a, const QueryRows& rows, int64_t ke
       float* at = scores + j * kGranule + c * kLanes;
       F32 s = load(at) * scale;
       if (a.softcap != 0.f) s = cap * tanh(s * inverse_cap);
-      if (a.bias) s = s + load(terms + j * kGranule + c * kLanes);
+      const F32 b = a.bias ? load(terms + j * kGranule + c * kLanes) : zero();
+      if (a.bias) s = s + b;
       if (a.alibi_slopes) s = s - slope * abs(to_float(load(rows.position + c * kLanes) - k_pos));
+      // A bias of -inf hides its key, a NaN of it too.
+      if (a.bias) s = select(hidden_by(b), b, s);
       store(at, s);
     }
   }
@@ -118,7 +123,7 @@ bool apply_score_terms_rows(const AttentionArgs& a, const QueryRows& rows, int64
   uint64_t hidden = 0;
   for (const Segment* seg = segments; seg != segments + count; ++seg) {
     for (int r = seg->first; r < seg->last; ++r) {
-      uint64_t finite = 0;
+      uint64_t seen = 0;
       for (int c = seg->from; c < seg->to; ++c) {
         float* at = scores + r * kGranule + c * kLanes;
         F32 s = load(at) * scale;
@@ -132,7 +137,7 @@ bool apply_score_terms_rows(const AttentionArgs& a, const QueryRows& rows, int64
           const int first = c * kLanes;
           const F32 b = a.bias_fp32 ? bias_lanes((const float*)a.bias + row, a.bias_key, first, keys - first)
                                     : bias_lanes((const T*)a.bias + row, a.bias_key, first, keys - first);
-          finite |= uint64_t(bits_of(b > splat(-__builtin_inff())) | bits_of(is_nan(b))) << first;
+          seen |= uint64_t(~bits_of(hidden_by(b)) & low_bits(kLanes)) << first;
           s = s + b;
         }
         if (a.alibi_slopes) {
@@ -141,8 +146,8 @@ bool apply_score_terms_rows(const AttentionArgs& a, const QueryRows& rows, int64
         store(at, s);
       }
       if (a.bias) {
-        hidden |= words[r] & ~finite;
-        words[r] &= finite;
+        hidden |= words[r] & ~seen;
+        words[r] &= seen;
       }
     }
   }
