@@ -134,6 +134,8 @@ def extras(row: Workload, device: str = "cpu") -> dict[str, Any]:
     for feature in row.features:
         if feature == "dropout":
             added["dropout_p"] = 0.1
+            if row.suite == "verify":
+                added["dropout_seed"] = 1234
         elif feature.startswith("bias"):
             rows = row.shape.sq if feature == "bias-full" else 1
             bias = torch.randn(1, heads, rows, row.shape.sk, generator=generator)

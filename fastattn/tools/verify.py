@@ -278,13 +278,29 @@ def _check_rows(row: Workload, device: str) -> dict[str, Any]:
     from fastattn import reference
 
     ours, theirs, operands = row_inputs(row, device)
-    exact = getattr(reference, row.op)
-    result = ours()
-    right = row_inputs(row, device, function=exact, dtype=torch.float64)[0]()
-    compared = theirs()
-    names = ("norm", "sum") if isinstance(result, tuple) else ("out",)
-    tuples = [x if isinstance(x, tuple) else (x,) for x in (result, right, compared)]
-    return {"kernel": None} | _judge(list(zip(names, *tuples, strict=True)))
+    exact, _, exact_operands = row_inputs(row, device, getattr(reference, row.op), torch.float64)
+    if row.training:
+        names = [f"gradient {index}" for index in range(len(operands))]
+        results = [_row_gradients(call, operands) for call in (ours, theirs)]
+        results.insert(1, _row_gradients(exact, exact_operands))
+    else:
+        results = [_outputs(call()) for call in (ours, exact, theirs)]
+        names = ("out",) if len(results[0]) == 1 else ("norm", "sum")
+    return {"kernel": None} | _judge(list(zip(names, *results, strict=True)))
+
+
+def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _row_gradients(call: Callable, operands: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Gradients of the operands for a random gradient of every output, the same numbers for every dtype."""
+    for tensor in operands:
+        tensor.requires_grad_()
+    outputs = _outputs(call())
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+    return torch.autograd.grad(outputs, operands, gradients)
 
 
 def _cells(result: dict[str, Any]) -> tuple[str, ...]:

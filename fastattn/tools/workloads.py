@@ -472,11 +472,12 @@ def verify_rows(quick: bool = False) -> list[Workload]:
         for mask in ("causal", "blocks25"):
             for spelling in ("object", "bool", "additive", "prepared"):
                 rows.append(_attention("verify", dtype, first, mask, spelling=spelling, quick=quick))
-        for feature in ("bias-full", "bias-row", "alibi", "softcap", "sinks"):
+        for feature in ("bias-full", "bias-row", "alibi", "softcap", "sinks", "dropout"):
             rows.append(_attention("verify", dtype, first, "causal", features=(feature,), quick=quick))
         for shape in shapes[: 1 if quick else 2]:
             for mask in ("none", "causal", "padding50", "blocks25"):
                 rows.append(_attention("verify", dtype, shape, mask, training=True, quick=quick))
         for op in ROW_TRAFFIC:
             rows += [_rows("verify", op, dtype, shape, quick=quick) for shape in row_shapes]
+            rows.append(_rows("verify", op, dtype, row_shapes[0], training=True, quick=quick))
     return list(dict.fromkeys(rows))
