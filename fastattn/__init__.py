@@ -2,6 +2,7 @@
 
 from . import masks, reference
 from .functional import attention, explain, scaled_dot_product_attention
+from .patch import sdpa_patch
 from .swap import SwapReport, restore, swap
 from .version import __version__
 
@@ -14,5 +15,6 @@ __all__ = [
     "reference",
     "restore",
     "scaled_dot_product_attention",
+    "sdpa_patch",
     "swap",
 ]

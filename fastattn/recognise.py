@@ -42,7 +42,8 @@ class Norm:
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a module has the build of a norm: a leaf with at most a 1-D weight and bias, and an eps."""
-    if type(module).__module__.startswith("torch.nn.") or next(module.children(), None) is not None:
+    children = {name for name, _ in module.named_children()} - {"parametrizations"}
+    if type(module).__module__.startswith("torch.nn.modules.") or children:
         return False
     parameters = dict(module.named_parameters(recurse=False))
     if not set(parameters) <= {"weight", "bias"} or next(module.buffers(recurse=False), None) is not None:
@@ -146,14 +147,14 @@ def recognise(module: nn.Module) -> Norm | str:
     """What a candidate (see `is_candidate`) computes, or in words why it is not replaced.
 
     The instance itself is not run: a float32 copy on the CPU with random weights is, in training and in
-    evaluation, with its own eps and with another one.
+    evaluation, with its own eps and with another one. A module on the meta device will do.
     """
     input_name = _input_name(module)
     if input_name is None:
         return f"its forward takes {inspect.signature(module.forward)}, not one tensor"
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            return _recognise(copy.deepcopy(module).to("cpu", torch.float32), input_name)
+            return _recognise(copy.deepcopy(module).to_empty(device="cpu").float(), input_name)
     except Exception as error:
         return f"it cannot be run on a probe input: {type(error).__name__}: {str(error)[:80]}"
 

@@ -78,10 +78,12 @@ class _RecognisedNorm(StandIn):
                 dtype = weight.dtype
                 x = x.to(wider)
         eps = getattr(self, norm.eps_name)
+        offset = norm.weight_offset
         if norm.kind == "rms_norm":
-            y = rows.rms_norm(x, x.shape[-1:], weight, eps, weight_offset=norm.weight_offset)
+            y = rows.rms_norm(x, x.shape[-1:], weight, eps, weight_offset=offset)
         else:
-            y = rows.layer_norm(x, x.shape[-1:], weight, getattr(self, "bias", None), eps)
+            bias = getattr(self, "bias", None)
+            y = rows.layer_norm(x, x.shape[-1:], weight, bias, eps, weight_offset=offset)
         return y.to(dtype)
 
 
@@ -120,21 +122,26 @@ class Replacement:
     """What stands in for a class of torch.
 
     base: a StandIn, or a subclass of the class with the same attributes; None where this version has none.
-    part: the part of fastattn it needs. objection: why an instance is not replaced.
+    part: the part of fastattn it needs. objection: why an instance is not replaced. aside: what else the report
+    says of an instance that is left.
     """
 
     original: type[nn.Module]
     base: type | None
     part: str
     objection: Callable[[nn.Module], str | None] = _no_objection
+    aside: str = ""
 
+
+# In evaluation without gradients an encoder layer computes everything in one fused op of torch.
+_FUSED = "; its fused path, in evaluation, passes by replaced norms"
 
 REPLACEMENTS = (
     Replacement(nn.LayerNorm, _LayerNorm, "fastattn.rows"),
     Replacement(nn.RMSNorm, _RMSNorm, "fastattn.rows"),
     Replacement(nn.Softmax, _Softmax, "fastattn.rows", _needs_dim),
     Replacement(nn.MultiheadAttention, None, "fastattn.nn"),
-    Replacement(nn.TransformerEncoderLayer, None, "fastattn.nn"),
+    Replacement(nn.TransformerEncoderLayer, None, "fastattn.nn", aside=_FUSED),
     Replacement(nn.TransformerDecoderLayer, None, "fastattn.nn"),
     Replacement(nn.TransformerEncoder, None, "fastattn.nn"),
     Replacement(nn.TransformerDecoder, None, "fastattn.nn"),
@@ -168,8 +175,6 @@ def objection(module: nn.Module) -> str | None:
             return f"{name} is a {type(p).__name__}, a tensor subclass"
         if p.is_quantized or not p.is_floating_point():
             return f"{name} is quantised ({name_of(p.dtype)})"
-        if p.is_meta:
-            return f"{name} is on the meta device"
         if p.dtype not in DTYPES:
             return f"{name} is {name_of(p.dtype)}, which no kernel takes"
     return None
@@ -187,7 +192,7 @@ def _torch_module(path: str, module: nn.Module) -> tuple[Entry, type | None] | N
         if reason is None and r.base is None:
             reason = f"{r.part} has no {r.original.__name__}"
         if reason is not None:
-            return replace(entry, reason=reason), None
+            return replace(entry, reason=reason + r.aside), None
         made = _class_for(type(module), r.base, ())
         return replace(entry, after=made.__name__), made
     return None
@@ -240,7 +245,18 @@ def swap(model: nn.Module, dry_run: bool = False) -> SwapReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    meta = _is_meta(model)
+    entries, classes, switches = plan(model)
+    if not dry_run:
+        _apply(classes, switches)
+    return SwapReport(entries, dry_run)
+
+
+def plan(model: nn.Module, device: str | None = None) -> tuple[tuple[Entry, ...], list, list]:
+    """What is to be done: entries in the model's order, [(module, new class)] and switches of attention.
+
+    device: where the model's weights would be, for a model on the meta device that is only asked about.
+    """
+    meta = "the model is on the meta device" if device is None and _is_meta(model) else None
     entries: list[Entry] = []
     classes: list[tuple[nn.Module, type]] = []
     known: dict = {}
@@ -253,7 +269,7 @@ def swap(model: nn.Module, dry_run: bool = False) -> SwapReport:
             continue
         entry, made = found
         if made is not None and meta:
-            entry, made = replace(entry, after=None, reason="the model is on the meta device"), None
+            entry, made = replace(entry, after=None, reason=meta), None
         entries.append(entry)
         if made is not None:
             classes.append((module, made))
@@ -261,16 +277,13 @@ def swap(model: nn.Module, dry_run: bool = False) -> SwapReport:
     if "transformers" in sys.modules:
         from .integrations import models
 
-        found_entries, switches = models.plan(model, "the model is on the meta device" if meta else None)
+        found_entries, switches = models.plan(model, meta, device)
         entries += found_entries
-    if not dry_run:
-        _apply(model, classes, switches)
     order = {path: n for n, (path, _) in enumerate(model.named_modules())}
-    entries.sort(key=lambda entry: order[entry.path])
-    return SwapReport(tuple(entries), dry_run)
+    return tuple(sorted(entries, key=lambda entry: order[entry.path])), classes, switches
 
 
-def _apply(model: nn.Module, classes: list[tuple[nn.Module, type]], switches: list) -> None:
+def _apply(classes: list[tuple[nn.Module, type]], switches: list) -> None:
     done: list[nn.Module] = []
     try:
         for switch in switches:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.machinery
+import importlib.util
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
 
+import fastattn
+from fastattn import reference
 from fastattn.recognise import Norm, is_candidate, recognise
+from fastattn.tools import cli
+
+swapping = importlib.import_module("fastattn.swap")  # fastattn.swap is the function
 
 
-class Llama(nn.Module):
+@pytest.fixture(autouse=True, scope="module")
+def rows():
+    """Stands in for fastattn.rows where it is not there yet."""
+    if importlib.util.find_spec("fastattn.rows") is None:
+        module = types.ModuleType("fastattn.rows")
+        module.__spec__ = importlib.machinery.ModuleSpec("fastattn.rows", None)
+        for name in ("softmax", "layer_norm", "rms_norm"):
+            setattr(module, name, getattr(reference, name))
+        sys.modules["fastattn.rows"] = fastattn.rows = module
+        swapping._missing.cache_clear()
+
+
+class LlamaRMSNorm(nn.Module):
     """RMSNorm as Llama has it: rounds before the weight, the result in the wider dtype."""
 
     def __init__(self, n=32, eps=1e-6):
@@ -23,7 +51,7 @@ class Llama(nn.Module):
         return self.weight * x.to(hidden_states.dtype)
 
 
-class Gemma(nn.Module):
+class GemmaRMSNorm(nn.Module):
     """RMSNorm as Gemma has it: the weight is an offset from 1."""
 
     def __init__(self, n=32, eps=1e-6):
@@ -37,7 +65,7 @@ class Gemma(nn.Module):
         return (y * (1.0 + self.weight.float())).type_as(x)
 
 
-class CalledRMSNorm(Llama):
+class CalledRMSNorm(LlamaRMSNorm):
     """Named like one, but no RMSNorm: the absolute mean."""
 
     def forward(self, hidden_states):
@@ -46,7 +74,7 @@ class CalledRMSNorm(Llama):
         )
 
 
-class FixedEpsRMSNorm(Llama):
+class FixedEpsRMSNorm(LlamaRMSNorm):
     """Does not follow its eps attribute."""
 
     def forward(self, hidden_states):
@@ -54,7 +82,7 @@ class FixedEpsRMSNorm(Llama):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
-class GatedRMSNorm(Llama):
+class GatedRMSNorm(LlamaRMSNorm):
     def forward(self, hidden_states, gate=None):
         return super().forward(hidden_states) * (1 if gate is None else gate)
 
@@ -71,8 +99,8 @@ class Plain(nn.LayerNorm):
 @pytest.mark.parametrize(
     "module, expected",
     [
-        (Llama(), Norm("rms_norm", "variance_epsilon", 0.0, "hidden_states", (True, False))),
-        (Gemma(), Norm("rms_norm", "eps", 1.0, "x", (False, False))),
+        (LlamaRMSNorm(), Norm("rms_norm", "variance_epsilon", 0.0, "hidden_states", (True, False))),
+        (GemmaRMSNorm(), Norm("rms_norm", "eps", 1.0, "x", (False, False))),
         (CalledRMSNorm(), "neither RMSNorm nor LayerNorm"),
         (FixedEpsRMSNorm(), "neither RMSNorm nor LayerNorm"),
         (GatedRMSNorm(), "not one tensor"),
@@ -98,3 +126,310 @@ def test_modules_that_are_no_norms_are_not_run():
         nn.Embedding(4, 4),
     ):
         assert not is_candidate(module)
+
+
+class Model(nn.Module):
+    """Norms of every kind; twice, so that the report has something to group."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "a": nn.LayerNorm(32),
+                    "b": nn.RMSNorm(32),
+                    "c": LlamaRMSNorm(),
+                    "d": GemmaRMSNorm(),
+                    "e": Plain(32),
+                }
+            )
+            for _ in range(2)
+        )
+        self.odd = CalledRMSNorm()
+        self.weights = nn.Softmax(-1)
+        self.linear = nn.Linear(32, 32)
+        for p in self.parameters():
+            nn.init.normal_(p)
+
+    def forward(self, x):
+        for layer in self.layers:
+            for norm in layer.values():
+                x = x + self.linear(norm(x))
+        return self.weights(self.odd(x))
+
+
+REPLACED = 11
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def everything(model, x):
+    """The result and all gradients."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    grads = [x.grad, *(p.grad for p in model.parameters())]
+    model.zero_grad()
+    return [out.detach(), *grads]
+
+
+def close(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+
+
+def test_same_objects_same_numbers_and_back(model):
+    x = torch.randn(3, 5, 32)
+    modules, classes = list(model.modules()), [type(m) for m in model.modules()]
+    parameters, before = list(model.parameters()), everything(model, x)
+    names = list(model.state_dict())
+    report = fastattn.swap(model)
+    assert len(report.swapped) == REPLACED
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(isinstance(m, c) for m, c in zip(modules, classes))
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == names
+    close(everything(model, x), before)
+
+    assert len(fastattn.restore(model).swapped) == REPLACED
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(a, b) for a, b in zip(everything(model, x), before))
+    assert not fastattn.restore(model).entries
+
+
+def test_the_kernels_run(model, monkeypatch):
+    called = []
+
+    def watch(name):
+        function = getattr(swap_rows(), name)
+
+        def watched(*arguments, **keywords):
+            called.append(name)
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(swap_rows(), name, watched)
+
+    for name in ("layer_norm", "rms_norm", "softmax"):
+        watch(name)
+    fastattn.swap(model)
+    model(torch.randn(3, 32))
+    assert called == ["layer_norm", "rms_norm", "rms_norm", "rms_norm", "layer_norm"] * 2 + ["softmax"]
+
+
+def swap_rows():
+    from fastattn import rows
+
+    return rows
+
+
+def test_dry_run_changes_nothing(model):
+    classes = [type(m) for m in model.modules()]
+    planned = fastattn.swap(model, dry_run=True)
+    assert [type(m) for m in model.modules()] == classes
+    assert "would be replaced" in str(planned)
+    assert planned.entries == fastattn.swap(model).entries
+
+
+def test_twice_is_once(model):
+    fastattn.swap(model)
+    classes = [type(m) for m in model.modules()]
+    again = fastattn.swap(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert not again.swapped and sum(e.already for e in again.entries) == REPLACED
+    fastattn.restore(model)
+    assert not any(isinstance(m, swapping.StandIn) for m in model.modules())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_swapped_and_restorable(model, way):
+    x = torch.randn(3, 32)
+    plain = model(x)
+    fastattn.swap(model)
+    expected = model(x)
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(other(x), expected)
+    fastattn.restore(other)
+    assert torch.equal(other(x), plain)
+    assert any(isinstance(m, swapping.StandIn) for m in model.modules())
+
+
+def test_compiles_whole_and_recompiles_after_restore():
+    model = nn.Sequential(nn.LayerNorm(32), GemmaRMSNorm(), nn.Softmax(-1))
+    x = torch.randn(3, 32)
+    plain = model(x)
+    fastattn.swap(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain, rtol=1e-4, atol=1e-5)
+    fastattn.restore(model)
+    torch.testing.assert_close(compiled(x), plain)
+
+
+def test_state_goes_both_ways(model):
+    other = Model()
+    fastattn.swap(model)
+    other.load_state_dict(model.state_dict())
+    model.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm])
+def test_mixed_dtypes_as_the_original(norm, dtype):
+    for own, given in ((torch.float32, dtype), (dtype, torch.float32), (dtype, dtype)):
+        module = norm().to(own)
+        nn.init.normal_(module.weight)
+        x = torch.randn(5, 32, dtype=given)
+        expected = module(x)
+        fastattn.swap(module)
+        assert isinstance(module, swapping.StandIn)
+        torch.testing.assert_close(module(x), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_input_may_be_named():
+    module = LlamaRMSNorm()
+    x = torch.randn(3, 32)
+    fastattn.swap(module)
+    torch.testing.assert_close(module(hidden_states=x), module(x))
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *a: None)
+
+
+def parametrised(module):
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+
+
+def quantised(module):
+    module.weight = nn.Parameter(torch.ones(32, dtype=torch.int8), requires_grad=False)
+
+
+def subclassed(module):
+    weight = torch.ones(32).as_subclass(Wrapped)
+    module.weight = nn.Parameter(weight)
+
+
+def narrow(module):
+    module.weight = nn.Parameter(torch.ones(32).to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def instance_forward(module):
+    module.forward = lambda x: x
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, LlamaRMSNorm])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (hooked, "1 hook on it"),
+        (parametrised, "parametrised"),
+        (quantised, r"weight is quantised \(int8\)"),
+        (subclassed, "weight is a Wrapped, a tensor subclass"),
+        (narrow, "weight is float8_e4m3fn"),
+        (instance_forward, "forward is replaced on the instance"),
+    ],
+)
+def test_left_in_place_and_named(kind, change, reason):
+    module = nn.Sequential(nn.Linear(32, 32), kind(32))
+    change(module[1])
+    before = type(module[1])
+    report = fastattn.swap(module)
+    assert type(module[1]) is before
+    (entry,) = [e for e in report.entries if e.path == "1"]
+    assert entry in report.left
+    assert re.search(reason, entry.reason) and re.search(f"left: .*{reason}", str(report))
+
+
+def test_subclasses():
+    model = nn.ModuleDict(
+        {"own": OwnForward(8), "plain": Plain(8), "dim": nn.Softmax(), "gated": GatedRMSNorm()}
+    )
+    reasons = {e.path: e.reason for e in fastattn.swap(model).entries}
+    assert reasons["own"] == "a subclass with its own forward"
+    assert "dim is None" in reasons["dim"] and "not one tensor" in reasons["gated"]
+    assert reasons["plain"] is None and isinstance(model["plain"], Plain)
+    assert type(model["own"]) is OwnForward
+
+
+def test_meta_device(model):
+    model = model.to("meta")
+    classes = [type(m) for m in model.modules()]
+    report = fastattn.swap(model)
+    assert [type(m) for m in model.modules()] == classes and not report.swapped
+    assert all("meta device" in e.reason for e in report.entries if e.path != "odd")
+
+
+class Stubborn(nn.LayerNorm):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise RuntimeError("stays what it is")
+        super().__setattr__(name, value)
+
+
+def test_an_error_leaves_the_model_as_it_was(model):
+    model.late = Stubborn(32)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="stays what it is"):
+        fastattn.swap(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_report_groups_like_modules(model):
+    report = fastattn.swap(model)
+    text = str(report)
+    assert "layers.*.a (2)" in text and "FusedLlamaRMSNorm (rms_norm)" in text
+    assert "FusedGemmaRMSNorm (rms_norm, weight + 1)" in text
+    assert "odd" in text and "neither RMSNorm nor LayerNorm" in text
+    assert f"{REPLACED} replaced, 1 left" in text
+    assert "no attention, norm or softmax" in str(fastattn.swap(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("function", [fastattn.swap, fastattn.restore])
+def test_only_modules(function):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        function([])
+
+
+def test_torch_transformers_are_named():
+    layer = nn.TransformerEncoderLayer(8, 2)
+    reasons = {e.path: e.reason for e in fastattn.swap(layer).entries}
+    assert "fastattn.nn" in reasons["self_attn"] and "fused path" in reasons[""]
+    assert reasons["norm1"] is None
+
+
+def test_the_command_reports_without_weights(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=99
+    )
+    transformers.LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert cli.main(["swap", str(tmp_path), "--report"]) == 0
+    table = capsys.readouterr().out
+    assert "model.layers.*.self_attn (3)" in table and "fastattn.attention" in table
+    assert cli.main(["swap", str(tmp_path), "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert sum(e["after"] == "fastattn.attention" for e in entries) == 3
+    assert cli.main(["swap", "torch.nn:Linear"]) == 2
+    assert "torch.nn:Linear cannot be called" in capsys.readouterr().err
+
+
+def test_the_command_as_a_user_runs_it():
+    line = [sys.executable, "-m", "fastattn", "swap", "torch.nn:Transformer", "--report"]
+    made = subprocess.run(line, capture_output=True, text=True)
+    assert made.returncode == 0 and "encoder.layers.* (6)" in made.stdout

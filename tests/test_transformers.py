@@ -138,6 +138,6 @@ def test_llama_generates_the_same_tokens():
 
 def test_prepared_masks_are_checked():
     q = torch.randn(2, 4, 40, 8)
-    mask = integration.ModelMask(masks.Causal())
+    mask = integration.ModelMask(masks.Causal(), (2, 40, 40), torch.device("cpu"))
     mask.prepared(q, q)
     assert mask.prepared(q[:1], q[:1]) is not mask.prepared(q, q)

@@ -69,7 +69,7 @@ class Group:
     owner: nn.Module
     modules: list[tuple[str, nn.Module]] = field(default_factory=list)
 
-    def refusal(self) -> str | None:
+    def refusal(self, device: str | None) -> str | None:
         """Why the config is not switched: what its modules pass, or that no kernel would run."""
         if not self.owner._can_set_attn_implementation():
             return f"{type(self.owner).__name__} does not let its attention be set"
@@ -80,7 +80,7 @@ class Group:
         tensor = next(self.owner.parameters(), None)
         if tensor is None or tensor.dtype not in DTYPES:
             return None
-        q = torch.empty(1, 1, 1, 64, dtype=tensor.dtype, device=tensor.device)
+        q = torch.empty(1, 1, 1, 64, dtype=tensor.dtype, device=device or tensor.device)
         choice = choose(attention_problem(q, q, q))
         if choice.kernel.name == "reference":
             return "no kernel: " + "; ".join(f"{name}: {reason}" for name, reason in choice.refusals)
@@ -137,10 +137,12 @@ def _owners(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if isinstance(m, PreTrainedModel))
 
 
-def plan(model: nn.Module, objection: str | None) -> tuple[list[Entry], list[Switch]]:
+def plan(
+    model: nn.Module, objection: str | None, device: str | None = None
+) -> tuple[list[Entry], list[Switch]]:
     """The attention modules of the transformers models in `model`, and the switches to make.
 
-    objection: why none is to be made, or None.
+    objection: why none is to be made, or None. device: where the model would be, None for where it is.
     """
     from transformers import PreTrainedModel
 
@@ -168,7 +170,7 @@ def plan(model: nn.Module, objection: str | None) -> tuple[list[Entry], list[Swi
     refused, wanted = [], set()
     for group in groups.values():
         old = group.config._attn_implementation
-        reason = objection or group.refusal()
+        reason = objection or group.refusal(device)
         if reason is not None:
             refused.append(group.config)
         elif old != interface.NAME:

@@ -1,9 +1,7 @@
 """Hugging Face transformers: `attn_implementation="fastattn"`.
 
-`register()` registers two things, and both are needed: the attention function, and the mask function. Without the
-second, transformers drops padding and window masks without a word. A model's own masks (causal, sliding window,
-chunks, packed sequences, padding) become ranges of fastattn.masks; no S x S tensor is made for them. A mask
-function that is not one of transformers' own is evaluated to a bool tensor, as transformers does for SDPA.
+`register()` registers two things, and both are needed: the attention function, and the mask function (see
+`model_masks`). Without the second, transformers drops padding and window masks without a word.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ from torch import Tensor
 
 from .. import masks
 from ..functional import attention
-from ..masks import Mask
+from . import traced_masks
+from .model_masks import ModelMask, mask_function
 
 NAME = "fastattn"
 
@@ -34,124 +33,40 @@ _HARMLESS = frozenset(
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "past_key_values",
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "seq_idx",
         "sliding_window",
         "use_cache",
     )
 )
 
 
-class ModelMask:
-    """A mask on its way through a model, and its plan for each shape it meets: lowered once, not once a layer."""
-
-    def __init__(self, mask: Mask):
-        self.mask = mask
-        self._plans: dict[tuple, masks.Prepared] = {}
-
-    def prepared(self, q: Tensor, k: Tensor) -> masks.Prepared:
-        key = (*q.shape[:3], *k.shape[1:3], q.device)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = masks.prepare(self.mask, q, k)
-        return plan
-
-    def __repr__(self) -> str:
-        return f"ModelMask({self.mask!r})"
+def _additive(mask: Tensor) -> Tensor:
+    """A bool mask as 0 where it shows and -inf where it hides; a float one as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
-def _closure(function) -> dict:
-    return inspect.getclosurevars(function).nonlocals
-
-
-def _ranges_of(
-    function, batch: int, q_length: int, kv_length: int, offset: int, kv_offset: int
-) -> Mask | None:
-    """A mask function of transformers as a mask in index space; None where it is not one of its own.
-
-    offset is the position of row 0 less that of key 0. Everything is visible: an empty `masks.And` has no
-    value, so that is `SlidingWindow()`.
-    """
-    from transformers import masking_utils as theirs
-
-    if function is theirs.causal_mask_function:
-        return masks.Band(None, offset)
-    if function is theirs.bidirectional_mask_function:
-        return masks.SlidingWindow()
-    if getattr(function, "__module__", None) != theirs.__name__:
-        return None
-    made_by = function.__qualname__.split(".")[0]
-    inside = _closure(function)
-    if made_by == "and_masks":
-        parts = [
-            _ranges_of(part, batch, q_length, kv_length, offset, kv_offset)
-            for part in inside["mask_functions"]
-        ]
-        if any(part is None for part in parts):
-            return None
-        together = parts[0]
-        for part in parts[1:]:
-            together = together & part
-        return together
-    if made_by == "sliding_window_overlay":
-        return masks.Band(offset - int(inside["sliding_window"]) + 1, None)
-    if made_by == "sliding_window_bidirectional_overlay":
-        window = int(inside["sliding_window"])
-        return masks.Band(offset - window, offset + window)
-    if made_by == "packed_sequence_mask_function" and q_length == kv_length and offset == 0:
-        return masks.Documents(ids=inside["packed_sequence_mask"])
-    if made_by == "remap_positions_for_packed_sequence" and q_length == kv_length and offset == 0:
-        # Positions rise by one inside a sequence, and the packed mask beside it keeps sequences apart: distances
-        # between positions are distances between indices.
-        return _ranges_of(inside["mask_function"], batch, q_length, kv_length, offset, kv_offset)
-    if made_by == "padding_mask_function":
-        return masks.KeyPadding(inside["padding_mask"][:, kv_offset : kv_offset + kv_length].bool())
-    if made_by == "chunked_overlay" and offset + kv_offset == 0 and not bool(inside["left_padding"].any()):
-        return masks.Chunked(int(inside["chunk_size"])) if kv_offset == 0 else None
-    return None
-
-
-def mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    attention_mask: Tensor | None = None,
-    **arguments,
-) -> ModelMask | Tensor | None:
-    """transformers' mask interface: the mask of a model's call, as ranges where it is one of transformers' own.
-
-    Returns None where every row sees every key and the model is not causal at this length.
-    """
-    from transformers import masking_utils as theirs
-
-    padding = theirs.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is not None and padding.dim() == 2 and bool(padding.all()):
-        padding = None
-    known = isinstance(q_offset, int) or not torch.compiler.is_compiling()
-    mask = None
-    if known:
-        offset = int(q_offset) - kv_offset
-        mask = _ranges_of(mask_function, batch_size, q_length, kv_length, offset, kv_offset)
-    if mask is None:
-        arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return theirs.sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **arguments,
-        )
-    if padding is not None:
-        mask = mask & masks.KeyPadding(padding[:, kv_offset : kv_offset + kv_length].bool())
-    return ModelMask(mask)
+def _prepared_tensor(mask: Tensor, q: Tensor, k: Tensor) -> Tensor | masks.Prepared:
+    """A user's mask tensor [B or 1, H or 1, Sq, Sk or longer], read once for all layers that get it."""
+    cropped = mask[..., : k.shape[-2]]
+    # A plan that holds the tensor itself, as a bias, must not be held by it.
+    if torch.compiler.is_compiling() or mask.requires_grad or mask.is_inference():
+        return cropped
+    key = (mask._version, *q.shape[:3], *k.shape[1:3])
+    known = getattr(mask, "_fastattn_plan", None)
+    if known is not None and known[0] == key:
+        return known[1]
+    plan = masks.prepare(cropped, q, k)
+    if plan.lowered.bias is not None:
+        return cropped
+    mask._fastattn_plan = (key, plan)
+    return plan
 
 
 def attention_function(
@@ -178,11 +93,17 @@ def attention_function(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which fastattn does not serve; "
             "use another attn_implementation for this model"
         )
-    mask = attention_mask
+    mask, bias = attention_mask, position_bias
     if isinstance(mask, ModelMask):
+        if mask.bias is not None:
+            bias = mask.bias if bias is None else bias + mask.bias
         mask = mask.prepared(query, key)
+    elif isinstance(mask, Tensor) and torch.compiler.is_compiling():
+        # Bits cannot be scanned from a tensor that has no values yet.
+        hidden = _additive(mask[..., : key.shape[-2]])
+        bias, mask = hidden if bias is None else bias + hidden, None
     elif isinstance(mask, Tensor):
-        mask = mask[..., : key.shape[-2]]
+        mask = _prepared_tensor(mask, query, key)
     elif mask is None and query.shape[2] > 1:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = masks.Causal() if causal else None
@@ -192,7 +113,7 @@ def attention_function(
         key,
         value,
         mask=mask,
-        bias=position_bias,
+        bias=bias,
         softcap=softcap,
         sinks=s_aux,
         scale=scaling,
@@ -223,3 +144,4 @@ def register() -> None:
         ) from error
     AttentionInterface.register(NAME, attention_function)
     AttentionMaskInterface.register(NAME, mask_function)
+    traced_masks.register()
