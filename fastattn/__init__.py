@@ -1,6 +1,6 @@
 """Fused attention, softmax and LayerNorm for PyTorch: any mask at the price of what it shows."""
 
-from . import masks, reference
+from . import masks, reference, transforms  # noqa: F401  transforms registers derivatives and vmap rules
 from .functional import attention, explain, scaled_dot_product_attention
 from .patch import sdpa_patch
 from .swap import SwapReport, restore, swap

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _info, ops, reference  # noqa: F401  ops registers fakes and autograd
+from . import _info, ops, reference
 from .dispatch import Choice, choose, features
 from .masks import Causal, Mask
 from .masks.lower import Lowered, lower
@@ -231,12 +231,14 @@ def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
         sinks,
         False,
     )
-    if grad or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        out, lse = _attention_fwd(*arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _attention_fwd(*arguments)
-    return out, lse
+    if torch.compiler.is_compiling():
+        return _attention_fwd(*arguments)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return ops.FunctorchAttention.apply(*arguments)
+    if grad:
+        return _attention_fwd(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _attention_fwd(*arguments)
 
 
 def _run_reference(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,14 @@ def _(dout, dlse, q, k, v, out, lse, *rest):
     )
 
 
+def _attention_bwd():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return torch.ops.fastattn.attention_bwd
+    from .transforms import FunctorchAttentionBackward
+
+    return FunctorchAttentionBackward.apply
+
+
 def _setup(ctx, inputs, output):
     given = dict(zip(_FWD, inputs))
     out, lse = output
@@ -87,7 +95,7 @@ def _backward(ctx, dout, dlse):
             n_q, n_k = ((given[n].shape[2] + 63) // 64 for n in ("q", "k"))
             bits = Bits(given["block_offsets"], given["block_list"], given["bit_tiles"])
             offsets_t, list_t = _transpose(bits, n_q, n_k)
-        results = torch.ops.fastattn.attention_bwd(
+        results = _attention_bwd()(
             dout,
             dlse,
             *(given[n] for n in ("q", "k", "v")),
@@ -105,3 +113,16 @@ def _backward(ctx, dout, dlse):
 
 
 torch.library.register_autograd("fastattn::attention_fwd", _backward, setup_context=_setup)
+
+
+class FunctorchAttention(torch.autograd.Function):
+    """attention_fwd under torch.func: what register_autograd makes is refused by functorch's grad and vjp."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.fastattn.attention_fwd(*arguments)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)

@@ -8,6 +8,7 @@ So memory follows the result, never Sq x Sk.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -127,8 +128,9 @@ class TileTable:
 
 
 def _hash_weights(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0x5EED)
-    return (torch.randint(-(2**62), 2**62, (GRANULE,), generator=generator) * 2 + 1).to(device)
+    # Python's generator: torch's may not be called under vmap, not even for constants.
+    draw = random.Random(0x5EED)
+    return torch.tensor([draw.randrange(-(2**62), 2**62) * 2 + 1 for _ in range(GRANULE)], device=device)
 
 
 def plane_offsets(ends: Tensor, B: int, H: int, count: int) -> Tensor:

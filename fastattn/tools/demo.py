@@ -36,6 +36,20 @@ SENTENCES = (
     "The central bank kept rates where they are.",
     "He tuned the old piano by ear.",
     "Without any instrument to help him, the man adjusted every string of the ancient piano, listening.",
+    "The lighthouse on the northern cape was built of granite that had been carried across the bay in open boats, "
+    "one block at a time, over the course of eleven summers, and when it was finished its keeper wrote in the log "
+    "that the light could be seen by the fishing fleet at a distance of nineteen miles on a clear night, though in "
+    "the fog that settles over those waters for most of the autumn the men trusted the bell far more than the lamp.",
+    "For eleven summers boats brought stone over the bay so that a tower could stand on the cape in the north; its "
+    "first keeper noted that on clear nights the fleet saw the lamp from nineteen miles away, but that in autumn, "
+    "when fog lies on the sea for weeks, sailors listened for the bell rather than looking for the light.",
+    "To make the dough, mix the flour with the salt and the yeast, add lukewarm water and a spoon of olive oil, and "
+    "knead it for ten minutes until it is smooth; cover the bowl with a cloth and let it rise in a warm place for "
+    "an hour, then shape two loaves, let them rest again for half an hour, and bake them in a hot oven until the "
+    "crust is brown and the bread sounds hollow when you knock on its base.",
+    "A loaf of bread needs little: knead flour, water, yeast, salt and a drop of oil for some ten minutes, wait an "
+    "hour while the covered dough doubles in size, form the loaves and wait once more, and bake them until a knock "
+    "on the underside gives a hollow sound and the crust has taken on a deep brown colour.",
 )
 PROMPT = "Explain in a few plain sentences why the sky is blue and the sunset is red."
 NEW_TOKENS = 64
