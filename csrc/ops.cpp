@@ -45,6 +45,11 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsinks)");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
   m.def("_attention_bwd_route() -> str");
+  m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, int flags)");
+  m.def(
+      "mask_build(int[] program, Tensor[] tensors, int B, int H, int Sq, int Sk) -> (Tensor offsets, Tensor "
+      "blocks, Tensor tiles, int flags)");
+  m.def("mask_transpose(Tensor offsets, Tensor blocks, int n_k) -> (Tensor offsets_t, Tensor blocks_t)");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");
 }

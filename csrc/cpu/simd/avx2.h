@@ -172,5 +172,41 @@ FASTATTN_INLINE void transpose(F32* r) {
   }
 }
 
+// Bit i: (p[i] & mask) != x, for 64 unsigned integers.
+FASTATTN_INLINE uint64_t differing_64(const uint8_t* p, uint8_t x, uint8_t mask) {
+  const __m256i pattern = _mm256_set1_epi8(char(x)), kept = _mm256_set1_epi8(char(mask));
+  uint64_t equal = 0;
+#pragma GCC unroll 2
+  for (int n = 0; n < 2; ++n) {
+    const __m256i v = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + 32 * n)), kept);
+    equal |= uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, pattern)))) << 32 * n;
+  }
+  return ~equal;
+}
+FASTATTN_INLINE uint64_t differing_64(const uint16_t* p, uint16_t x, uint16_t mask) {
+  const __m256i pattern = _mm256_set1_epi16(short(x)), kept = _mm256_set1_epi16(short(mask));
+  uint64_t equal = 0;
+#pragma GCC unroll 2
+  for (int n = 0; n < 2; ++n) {
+    const __m256i a = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + 32 * n)), kept);
+    const __m256i b = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + 32 * n + 16)), kept);
+    const __m256i both = _mm256_packs_epi16(_mm256_cmpeq_epi16(a, pattern), _mm256_cmpeq_epi16(b, pattern));
+    const __m256i ordered = _mm256_permute4x64_epi64(both, 0xd8);  // packs works within halves
+    equal |= uint64_t(uint32_t(_mm256_movemask_epi8(ordered))) << 32 * n;
+  }
+  return ~equal;
+}
+FASTATTN_INLINE uint64_t differing_64(const uint32_t* p, uint32_t x, uint32_t mask) {
+  const __m256i pattern = _mm256_set1_epi32(int(x)), kept = _mm256_set1_epi32(int(mask));
+  uint64_t equal = 0;
+#pragma GCC unroll 8
+  for (int n = 0; n < 8; ++n) {
+    const __m256i v = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(p + 8 * n)), kept);
+    const __m256 same = _mm256_castsi256_ps(_mm256_cmpeq_epi32(v, pattern));
+    equal |= uint64_t(uint32_t(_mm256_movemask_ps(same))) << 8 * n;
+  }
+  return ~equal;
+}
+
 }  // namespace
 }  // namespace fastattn

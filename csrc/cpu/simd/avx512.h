@@ -190,5 +190,27 @@ FASTATTN_INLINE void interleave(const BFloat16* low, const BFloat16* high, I32* 
 }
 #endif
 
+// Bit i: (p[i] & mask) != x, for 64 unsigned integers.
+FASTATTN_INLINE uint64_t differing_64(const uint8_t* p, uint8_t x, uint8_t mask) {
+  const __m512i v = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(mask)));
+  return _mm512_cmpneq_epi8_mask(v, _mm512_set1_epi8(char(x)));
+}
+FASTATTN_INLINE uint64_t differing_64(const uint16_t* p, uint16_t x, uint16_t mask) {
+  const __m512i pattern = _mm512_set1_epi16(short(x)), kept = _mm512_set1_epi16(short(mask));
+  const __m512i low = _mm512_and_si512(_mm512_loadu_si512(p), kept);
+  const __m512i high = _mm512_and_si512(_mm512_loadu_si512(p + 32), kept);
+  return _mm512_cmpneq_epi16_mask(low, pattern) | uint64_t(_mm512_cmpneq_epi16_mask(high, pattern)) << 32;
+}
+FASTATTN_INLINE uint64_t differing_64(const uint32_t* p, uint32_t x, uint32_t mask) {
+  const __m512i pattern = _mm512_set1_epi32(int(x)), kept = _mm512_set1_epi32(int(mask));
+  uint64_t bits = 0;
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; ++n) {
+    const __m512i v = _mm512_and_si512(_mm512_loadu_si512(p + 16 * n), kept);
+    bits |= uint64_t(_mm512_cmpneq_epi32_mask(v, pattern)) << 16 * n;
+  }
+  return bits;
+}
+
 }  // namespace
 }  // namespace fastattn

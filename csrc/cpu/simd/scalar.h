@@ -10,6 +10,7 @@
 //   mask_of_bits         bit i of the word is lane i
 //   select(m, a, b)      a where m, else b
 //   reduce_add           a fixed order of additions
+//   differing_64         which of 64 unsigned integers differ from a pattern, as a word
 //   transpose            kLanes registers
 #pragma once
 
@@ -104,6 +105,14 @@ FASTATTN_INLINE void multiply_wide(I32 a, uint32_t m, I32* high, I32* low) {
   *low = {uint32_t(product)};
 }
 FASTATTN_INLINE void transpose(F32*) {}
+
+// Bit i: (p[i] & mask) != x, for 64 unsigned integers.
+template <class U>
+FASTATTN_INLINE uint64_t differing_64(const U* p, U x, U mask) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= uint64_t(U(p[i] & mask) != x) << i;
+  return bits;
+}
 
 }  // namespace
 }  // namespace fastattn

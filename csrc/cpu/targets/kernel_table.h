@@ -5,6 +5,7 @@
 #include "../attention_args.h"
 #include "../attention_bwd_args.h"
 #include "../ceiling_kinds.h"
+#include "../mask_scan_args.h"
 
 namespace fastattn {
 
@@ -15,6 +16,7 @@ struct KernelTable {
   AttentionScratch attention_scratch;
   AttentionBwdTasks attention_bwd[3];
   CeilingLoop ceiling;
+  MaskScan mask_scan;
 };
 
 }  // namespace fastattn

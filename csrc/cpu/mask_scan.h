@@ -1,0 +1,85 @@
+// Reads a bool or additive mask once: rows of 64 elements become words of visibility.
+//
+// A bool element shows what is not 0, a float element what is not -inf. Floats are compared as integers, so
+// NaN and every finite number are visible. A float that is visible and not a zero is told too: a mask without
+// such needs no bias.
+#pragma once
+
+#include "attention_args.h"
+#include "mask_scan_args.h"
+#include "simd/types.h"
+
+namespace fastattn {
+
+namespace {
+
+// Elements that no simd header compares; doubles are for the reference alone.
+FASTATTN_INLINE uint64_t differing_64(const uint64_t* p, uint64_t x, uint64_t mask) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= uint64_t((p[i] & mask) != x) << i;
+  return bits;
+}
+
+template <class U>
+FASTATTN_INLINE uint64_t visible_64(const U* p, U hidden, uint64_t* nonzero) {
+  if constexpr (sizeof(U) == 1) {
+    return differing_64(p, U(0), U(0xff));
+  } else {
+    const uint64_t seen = differing_64(p, hidden, U(~U(0)));
+    *nonzero |= seen & differing_64(p, U(0), U(U(~U(0)) >> 1));  // the sign apart
+    return seen;
+  }
+}
+
+constexpr int64_t kRowsAhead = 2;
+
+template <class U>
+void scan_as(const MaskScanArgs& a, int64_t first_row, int64_t rows, int64_t first_key, int64_t granules,
+             ScannedWords* out) {
+  const U hidden = U(a.hidden);
+  uint64_t nonzero = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const U* line = static_cast<const U*>(a.data) + (first_row + r) * a.row + first_key * a.key;
+    uint64_t* words = out->word[r];
+    const int64_t left = a.Sk - first_key,
+                  whole = a.key == 1 ? (left / kGranule < granules ? left / kGranule : granules) : 0;
+    for (int64_t g = 0; g < whole; ++g) {
+      const U* p = line + g * kGranule;
+      // Rows lie far apart, which the hardware does not foresee.
+      for (size_t n = 0; n < sizeof(U); ++n)
+        __builtin_prefetch(p + kRowsAhead * a.row + n * (kGranule / sizeof(U)));
+      words[g] = visible_64(p, hidden, &nonzero);
+    }
+    for (int64_t g = whole; g < granules; ++g) {
+      const int64_t keys = left - g * kGranule < kGranule ? left - g * kGranule : kGranule;
+      U gathered[kGranule];
+      for (int64_t c = 0; c < keys; ++c) gathered[c] = line[(g * kGranule + c) * a.key];
+      for (int64_t c = keys; c < kGranule; ++c) gathered[c] = hidden;
+      words[g] = visible_64(gathered, hidden, &nonzero);
+    }
+  }
+  // A pass of its own: words read back in vectors right after they were written one by one would wait for
+  // them.
+  constexpr int kColumns = 8;
+  for (int64_t g = 0; g < granules; g += kColumns) {
+    uint64_t any[kColumns] = {}, none[kColumns] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int c = 0; c < kColumns; ++c) any[c] |= out->word[r][g + c], none[c] |= ~out->word[r][g + c];
+    }
+    for (int c = 0; c < kColumns; ++c) out->any[g + c] = any[c], out->all[g + c] = ~none[c];
+  }
+  out->nonzero = nonzero != 0;
+}
+
+inline void mask_scan(const MaskScanArgs& a, int64_t first_row, int64_t rows, int64_t first_key,
+                      int64_t granules, ScannedWords* out) {
+  switch (a.bytes) {
+    case 1: return scan_as<uint8_t>(a, first_row, rows, first_key, granules, out);
+    case 2: return scan_as<uint16_t>(a, first_row, rows, first_key, granules, out);
+    case 4: return scan_as<uint32_t>(a, first_row, rows, first_key, granules, out);
+    default: return scan_as<uint64_t>(a, first_row, rows, first_key, granules, out);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn
