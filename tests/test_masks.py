@@ -1,5 +1,6 @@
 """Masks: every family against its formula bit for bit, its lowered form, its errors."""
 
+import subprocess
 import sys
 
 import pytest
@@ -23,8 +24,19 @@ from fastattn.masks import (
     Strided,
     from_tensor,
     lower,
+    native,
     prepare,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Thousands of small calls: waking threads would take longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -59,6 +71,13 @@ def cuts(S, count, seed):
 
 def blocks(S, block):
     return -(-S // block)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """The C++ ops, and the torch code that serves other devices."""
+    monkeypatch.setattr(native, "enabled", request.param == "native")
+    return request.param
 
 
 # Whether the family is ranges, bits, or either by its data.
@@ -118,7 +137,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lowering_equals_formula(family, shape):
+def test_lowering_equals_formula(family, shape, path):
     form, make = FAMILIES[family]
     mask = make(*shape)
     lowered = assert_lowers(mask, *shape)
@@ -198,7 +217,7 @@ def test_one_range_results(mask):
     assert not assert_lowers(mask, 2, 2, 128, 128).has_bits
 
 
-def test_everything_is_recognised():
+def test_everything_is_recognised(path):
     for mask in (Causal() | ~Causal(), KeyPadding(64), CausalLowerRight(), SlidingWindow(), Chunked(100)):
         lowered = assert_lowers(mask, 1, 1, 1, 64)
         assert lowered.is_everything or isinstance(mask, (KeyPadding, Chunked))
@@ -214,13 +233,13 @@ def test_dense_under_padding_stays_one_plane():
     assert lowered.hi.stride() == (1, 0, 0)
 
 
-def test_ranges_prune_the_lists():
+def test_ranges_prune_the_lists(path):
     whole = assert_lowers(Predicate(lambda b, h, i, j: (i + j) % 2 == 0), 1, 1, 640, 640)
     causal = assert_lowers(Causal() & Predicate(lambda b, h, i, j: (i + j) % 2 == 0), 1, 1, 640, 640)
     assert (len(whole.block_list), len(causal.block_list)) == (100, 55)
 
 
-def test_equal_tiles_are_stored_once():
+def test_equal_tiles_are_stored_once(path):
     lowered = assert_lowers(Strided(128), 1, 1, 2048, 2048)
     assert len(lowered.bit_tiles) == 2
     assert len(assert_lowers(Dense(torch.ones(640, 640).tril().bool()), 1, 1, 640, 640).bit_tiles) == 1
@@ -238,7 +257,7 @@ def test_heads_differ():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mask", [Strided(10), Longformer(10, 2), BigBird(16, per_head=True)], ids=repr)
-def test_transpose(mask, shape):
+def test_transpose(mask, shape, path):
     lowered = lower(mask, *shape[:2], 1, *shape[2:], "cpu")
     if not lowered.has_bits:
         with pytest.raises(ValueError, match="ranges alone"):
@@ -275,7 +294,7 @@ def additive(visible, dtype=torch.float32):
     "shape",
     [(130, 70), (3, 130, 70), (1, 130, 70), (2, 3, 130, 70), (2, 1, 130, 70), (2, 1, 1, 70), (130, 1)],
 )
-def test_tensor(shape, dtype):
+def test_tensor(shape, dtype, path):
     visible = bools(*shape, share=0.7)
     tensor = visible if dtype == torch.bool else additive(visible, dtype)
     lowered = from_tensor(tensor, 2, 3, 130, 70)
@@ -285,7 +304,7 @@ def test_tensor(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_tensor_views(dtype):
+def test_tensor_views(dtype, path):
     """Slices of larger masks, transposed and stepped ones, offsets that are no multiple of anything."""
     big = bools(3, 5, 400, 403)
     base = big if dtype == torch.bool else additive(big)
@@ -307,7 +326,7 @@ def test_tensor_views(dtype):
         assert torch.equal(lowered.to_dense(), view(big).expand(2, 3, 130, 70))
 
 
-def test_stride_0_is_scanned_once():
+def test_stride_0_is_scanned_once(path):
     lowered = from_tensor(bools(130, 70).expand(4, 6, 130, 70), 4, 6, 130, 70)
     assert lowered.block_offsets.shape == (1, 1, 4)
     keys = (torch.arange(70) < 33).expand(4, 1, 130, 70)
@@ -316,7 +335,7 @@ def test_stride_0_is_scanned_once():
     assert not from_tensor(rows, 4, 6, 130, 70).has_bits
 
 
-def test_additive_bias_is_kept():
+def test_additive_bias_is_kept(path):
     bias = torch.randn(2, 1, 130, 70)
     hidden = ~bools(130, 70, share=0.8)
     mixed = bias.masked_fill(hidden, float("-inf"))
@@ -330,7 +349,7 @@ def test_additive_bias_is_kept():
     assert plain.bias is not None
 
 
-def test_additive_special_values():
+def test_additive_special_values(path):
     tensor = torch.zeros(4, 70)
     tensor[1, 3] = torch.finfo(torch.float32).min
     lowered = from_tensor(tensor, 1, 1, 4, 70)
@@ -340,6 +359,121 @@ def test_additive_special_values():
         tensor[1, 3] = value
         assert from_tensor(tensor, 1, 1, 4, 70).bias is not None
     assert from_tensor(-torch.zeros(4, 70), 1, 1, 4, 70).bias is None, "-0.0 adds nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_instruction_set_scans_alike(isa, dtype):
+    for S in ((64, 64), (130, 200), (65, 8400)):
+        visible = bools(2, 1, *S, share=0.9)
+        tensor = visible if dtype == torch.bool else additive(visible, dtype)
+        for view in (lambda t: t, lambda t: t[..., 1:], lambda t: t[..., ::2], lambda t: t.mT):
+            lowered = from_tensor(view(tensor), 2, 1, *view(tensor).shape[2:])
+            assert_well_formed(lowered)
+            assert torch.equal(lowered.to_dense(), view(visible))
+            assert lowered.bias is None
+    if dtype != torch.bool:
+        for n, value in enumerate((1.0, float("nan"), float("inf"), torch.finfo(dtype).tiny)):
+            tensor = torch.zeros(65, 300, dtype=dtype)
+            tensor[3 * n, 299 - 17 * n] = value
+            assert from_tensor(tensor, 1, 1, 65, 300).bias is not None
+    # A bool that is stored as another number than 1 is true all the same.
+    odd = torch.randint(0, 3, (70, 130), dtype=torch.uint8)
+    assert torch.equal(from_tensor(odd.view(torch.bool), 1, 1, 70, 130).to_dense()[0, 0], odd != 0)
+
+
+def test_scan_does_not_depend_on_threads(threads, task_order):
+    mask = bools(3, 2, 400, 500, share=0.3)
+    mask[1] = mask[0]
+    results = []
+    for count, order in ((1, 0), (2, 0), (3, 5), (5, 11), (7, 3)):
+        threads(count)
+        task_order(order)
+        lowered = from_tensor(mask, 3, 2, 400, 500)
+        results.append((lowered.block_offsets, lowered.block_list, lowered.bit_tiles))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_both_builders_agree(monkeypatch):
+    """The C++ and the torch builder: the same lists; tiles may be numbered in another order."""
+    for mask in (Strided(10), BigBird(16, per_head=True), Longformer(70, [3, 99]), KeyPadding(bools(2, 300))):
+        forms = []
+        for enabled in (True, False):
+            monkeypatch.setattr(native, "enabled", enabled)
+            forms.append(lower(mask, 2, 3, 3, 300, 300, "cpu"))
+        one, two = forms
+        assert torch.equal(one.block_offsets, two.block_offsets)
+        assert torch.equal(one.block_list[:, 0], two.block_list[:, 0])
+        tiles = [torch.cat([f.bit_tiles, f.bit_tiles.new_full((1, 64), -1)]) for f in forms]
+        assert torch.equal(tiles[0][one.block_list[:, 1].long()], tiles[1][two.block_list[:, 1].long()])
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ([], "one tree"),
+        ([5, 3, 5, 3], "one tree"),
+        ([0, 2], "not there"),
+        ([5], "ends early"),
+        ([5, 0], "must be positive"),
+        ([99], "no node 99"),
+        ([4, 0], "no tensor 0"),
+    ],
+)
+def test_the_op_checks_its_program(program, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastattn.mask_build(program, [], 1, 1, 64, 64)
+
+
+# Peak memory of building each family at S = 131072, above what the process holds before. The kernel counts pages
+# touched, torch's own included; the peak is reset first.
+_PEAK = """
+import ctypes, torch
+from fastattn.masks import *
+S = 131072
+trim = getattr(ctypes.CDLL(None), "malloc_trim", bool)
+
+def status(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1])
+
+torch.set_num_threads(1)
+ids = torch.arange(S) // 5000 % 7
+masks = dict(
+    causal=Causal(), window=SlidingWindow(255, 0), padding=KeyPadding([S // 2]),
+    gaps=KeyPadding(torch.rand(1, S) < 0.5), documents=Documents([0, 1000, 50000, S]), ids=Documents(ids=ids),
+    prefix=PrefixLM(1000), chunked=Causal() & Chunked(8192), longformer=Longformer(512, 64),
+    positions=Longformer(512, [0, 70000]), bigbird=BigBird(), bigbird16=BigBird(16), strided=Strided(128),
+    strided100=Strided(100), fixed=Fixed(128, 8), blocks=BlockSparse(torch.rand(S // 64, S // 64) < 0.25),
+    blocks32=BlockSparse(torch.rand(S // 32, S // 32) < 0.5, 32), union=Documents([0, 1000, S]) | Strided(64),
+    complement=~Documents([0, 1000, 50000, S]),
+)
+lower(Strided(100) | Longformer(10, [3]), 1, 1, 1, 4096, 4096, "cpu")
+for name, mask in masks.items():
+    trim(0)  # else what was freed before would serve unseen
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    lowered = lower(mask, 1, 16, 16, S, S, "cpu")
+    print(name, (status("VmHWM") - before) / 1024)
+    del lowered
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_building_at_131072_stays_below_64_mib():
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pytest.skip("the kernel does not let a process reset its peak")
+    lines = subprocess.run(
+        [sys.executable, "-c", _PEAK], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    peaks = {name: float(peak) for name, peak in map(str.split, lines)}
+    assert len(peaks) == 19
+    assert {name: peak for name, peak in peaks.items() if peak >= 64} == {}
+    # What is ranges holds at most two numbers a row.
+    for name in ("causal", "window", "padding", "documents", "prefix", "chunked"):
+        assert peaks[name] < 6, name
 
 
 def test_learned_bias_is_kept_at_zero():

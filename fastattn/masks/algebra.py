@@ -195,6 +195,10 @@ class Or(Mask):
         return " | ".join(repr(m) for m in self.masks)
 
 
+class Apart(Or):
+    """A disjunction of which no single interval a row is to be expected: none is looked for."""
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Not(Mask):
     """What `mask` hides."""
@@ -416,20 +420,20 @@ class Documents(Mask):
             else:
                 value = check.integers("Documents", name, value, (1, 2))
             object.__setattr__(self, name, value)
-        if (
-            self.ids is None
-            and self.cu_seqlens_k is not None
-            and len(self.cu_seqlens) != len(self.cu_seqlens_k)
-        ):
-            raise ValueError(
-                f"Documents: cu_seqlens bounds {len(self.cu_seqlens) - 1} documents, cu_seqlens_k "
-                f"{len(self.cu_seqlens_k) - 1}; they must be as many"
-            )
+        # Lengths are the data's own, so the interval of each row is known before any call.
         if self.ids is not None:
             object.__setattr__(self, "_intervals", _intervals_of_ids(self.ids, self._keys()))
-        else:
-            totals = (int(t[-1]) if check.on_host(t) else None for t in (self.cu_seqlens, self._keys()))
-            object.__setattr__(self, "_totals", tuple(totals))
+            return
+        counts = len(self.cu_seqlens) - 1, len(self._keys()) - 1
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"Documents: cu_seqlens bounds {counts[0]} documents, cu_seqlens_k {counts[1]}; they must be as "
+                "many"
+            )
+        bounds = self.cu_seqlens, self._keys()
+        totals = tuple(int(t[-1]) if check.on_host(t) else None for t in bounds)
+        object.__setattr__(self, "_totals", totals)
+        object.__setattr__(self, "_intervals", None if None in totals else _intervals_of_bounds(*bounds))
 
     def _keys(self) -> Tensor:
         """cu_seqlens or ids of the keys."""
@@ -467,18 +471,16 @@ class Documents(Mask):
         return seen.view(1, 1, shape.Sq, shape.Sk)
 
     def _ranges(self, shape: Shape) -> Ranges | None:
-        if self.ids is not None:
-            if self._intervals is None:
-                return None
+        if self._intervals is not None:
             lo, hi = (t.to(shape.device).unsqueeze(1) for t in self._intervals)
             return Ranges(lo=lo, hi=hi)
-        rows, keys = self.cu_seqlens.to(shape.device), self._keys().to(shape.device)
+        if self.ids is not None:
+            return None
+        # Bounds on an accelerator were never looked at: nothing here may depend on their values.
+        rows, keys = self.cu_seqlens.to(shape.device), self._keys().to(shape.device).clamp(0, shape.Sk)
         i = torch.arange(shape.Sq, dtype=torch.int32, device=shape.device)
-        document = torch.bucketize(i, rows[1:], right=True).clamp_(max=max(len(rows) - 2, 0))
-        lo, hi = keys[document].view(1, 1, -1), keys[document + 1].view(1, 1, -1)
-        if None in self._totals:  # values on an accelerator were never looked at
-            lo, hi = lo.clamp_(0, shape.Sk), hi.clamp_(0, shape.Sk)
-        return Ranges(lo=lo, hi=hi)
+        document = torch.bucketize(i, rows[1:], right=True).clamp_(max=len(rows) - 2)
+        return Ranges(lo=keys[document].view(1, 1, -1), hi=keys[document + 1].view(1, 1, -1))
 
     def _leaf(self, shape: Shape) -> Node:
         rows, keys = (torch.atleast_2d(t.to(shape.device)) for t in (self.ids, self._keys()))
@@ -505,6 +507,18 @@ def _bounds_of_documents(name: str, value: Sequence[int] | Tensor) -> Tensor:
                 f"Documents: {name} must not fall, got {int(bounds[n])} then {int(bounds[n + 1])} at {n + 1}"
             )
     return bounds
+
+
+def _intervals_of_bounds(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row the interval of its document's keys, int32 [1, Sq] twice."""
+    # Both ends step at the first row of a document; empty documents share that row.
+    steps, starts = keys.diff(), rows[1:-1].long()
+    lo, hi = torch.zeros(2, int(rows[-1]) + 1, dtype=torch.int32)
+    hi[0] = keys[1]
+    lo.scatter_add_(0, starts, steps[:-1])
+    hi.scatter_add_(0, starts, steps[1:])
+    lo, hi = (t[:-1].cumsum(0, dtype=torch.int32).unsqueeze(0) for t in (lo, hi))
+    return lo, hi
 
 
 def _intervals_of_ids(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .leaves import Granules, Leaf, Node, RangeLeaf, Window
 from .ranges import Shape
 from .words import EMPTY, FULL, GRANULE, granules, lanes, low_bits, popcount
@@ -161,8 +162,12 @@ def build(tree: Node, shape: Shape, within: RangeLeaf | None = None) -> Bits | N
 
     Returns None where every granule that is kept is full: the bits say nothing then.
     """
-    builder = _Builder(tree, shape, within)
-    return builder.run()
+    if shape.Sq == 0 or shape.Sk == 0:
+        return None
+    if native.serves(shape.device):
+        *bits, flags = native.build(tree, within, shape.Sq, shape.Sk)
+        return None if flags & native.EVERYTHING else Bits(*bits)
+    return _Builder(tree, shape, within).run()
 
 
 class _Builder:
@@ -219,8 +224,6 @@ class _Builder:
     def run(self) -> Bits | None:
         device, (B, H) = self.shape.device, self.planes
         windows = list(self.windows())
-        if self.n_q == 0 or self.n_k == 0:
-            windows = []
         blocks, filled = None, 0
         if len(windows) > 1:
             # Reserve what the statuses allow, so that no second copy of the list is ever made.

@@ -12,8 +12,9 @@ AND is the minimum of statuses, OR the maximum, NOT two minus it.
 
 from __future__ import annotations
 
+import enum
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,6 +61,22 @@ class Granules(NamedTuple):
         return (self.b if tensor.shape[0] > 1 else zero), (self.h if tensor.shape[1] > 1 else zero)
 
 
+class Kind(enum.IntEnum):
+    """What the numbers of an encoded tree mean; the same order as in csrc/ops_mask.cpp."""
+
+    AND = 0
+    OR = 1
+    NOT = 2
+    RANGE = 3
+    KEY_SET = 4
+    MODULAR = 5
+    SAME_ID = 6
+    LAYOUT = 7
+    BLOCK_LIST = 8
+    CODES = 9
+    WITHIN = 10
+
+
 class Node:
     """A node of the tree; `planes` are the batch and head extents it varies over."""
 
@@ -74,6 +91,10 @@ class Node:
         raise NotImplementedError
 
     def leaves(self) -> Iterator[Leaf]:
+        raise NotImplementedError
+
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        """The tree in postfix order, as the op mask_build reads it; `put` takes a tensor and gives its number."""
         raise NotImplementedError
 
 
@@ -130,6 +151,9 @@ class Inverse(Node):
     def leaves(self) -> Iterator[Leaf]:
         return self.child.leaves()
 
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [*self.child.encode(put), Kind.NOT]
+
 
 @dataclass(eq=False)
 class Combine(Node):
@@ -152,6 +176,10 @@ class Combine(Node):
     def leaves(self) -> Iterator[Leaf]:
         for child in self.children:
             yield from child.leaves()
+
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        parts = [number for child in self.children for number in child.encode(put)]
+        return [*parts, Kind.AND if self.every else Kind.OR, len(self.children)]
 
 
 class RangeLeaf(Leaf):
@@ -239,6 +267,14 @@ class RangeLeaf(Leaf):
         start = (at.k * GRANULE).view(-1, 1)
         return range_words(lo - start, hi - start).expand(at.k.shape[0], GRANULE)
 
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        numbers = [Kind.RANGE]
+        for band, bound in ((self.ranges.band_lo, self.ranges.lo), (self.ranges.band_hi, self.ranges.hi)):
+            tensor = put(bound.contiguous()) if isinstance(bound, Tensor) else -1
+            number = bound if isinstance(bound, int) else None
+            numbers += [band is not None, band or 0, number is not None, number or 0, tensor]
+        return numbers
+
 
 class KeySetLeaf(Leaf):
     """A set of keys, the same for every row: bool [B or 1, H or 1, Sk]."""
@@ -266,6 +302,9 @@ class KeySetLeaf(Leaf):
     def words(self, at: Granules) -> Tensor:
         b, h = at.plane(self.by_granule)
         return self.by_granule[b, h, at.k].unsqueeze(1).expand(-1, GRANULE)
+
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [Kind.KEY_SET, put(self.by_granule)]
 
 
 class ModularLeaf(Leaf):
@@ -296,6 +335,9 @@ class ModularLeaf(Leaf):
         i = at.q.view(-1, 1, 1) * GRANULE + lane.view(-1, 1)
         j = at.k.view(-1, 1, 1) * GRANULE + lane
         return pack_bits(torch.remainder(i - j, self.stride) == 0).squeeze(-1)
+
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [Kind.MODULAR, self.stride]
 
 
 class SameIdLeaf(Leaf):
@@ -330,6 +372,9 @@ class SameIdLeaf(Leaf):
         rows = self.row_ids[at.plane(self.row_ids)[0], 0, at.q]
         keys = self.key_ids[at.plane(self.key_ids)[0], 0, at.k]
         return pack_bits(rows.unsqueeze(2) == keys.unsqueeze(1)).squeeze(-1)
+
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [Kind.SAME_ID, put(self.row_ids), put(self.key_ids)]
 
 
 class LayoutLeaf(Leaf):
@@ -388,6 +433,9 @@ class LayoutLeaf(Leaf):
         row, column = row.clamp_(max=self.layout.shape[2] - 1), column.clamp_(max=self.layout.shape[3] - 1)
         return pack_bits(self.layout[b, h, row, column]).squeeze(-1)
 
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [Kind.LAYOUT, put(self.layout.contiguous()), self.block]
+
 
 class BlockListLeaf(Leaf):
     """Each block of rows sees a few blocks of keys: picks int32 [1, H or 1, row blocks, picks]."""
@@ -427,6 +475,9 @@ class BlockListLeaf(Leaf):
         words = range_words(picks * self.block - start, (picks + 1) * self.block - start)
         return functools.reduce(torch.bitwise_or, words.unbind(2))
 
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [Kind.BLOCK_LIST, put(self.picks.contiguous()), self.block]
+
 
 class CodeLeaf(Leaf):
     """Granules already known: codes int32 [B or 1, H or 1, n_q, n_k] into tiles int64 [T, 64]."""
@@ -454,3 +505,6 @@ class CodeLeaf(Leaf):
 
     def words(self, at: Granules) -> Tensor:
         return self.tiles[self._code(at)]
+
+    def encode(self, put: Callable[[Tensor], int]) -> list[int]:
+        return [Kind.CODES, put(self.codes.contiguous()), put(self.tiles)]

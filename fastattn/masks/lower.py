@@ -15,8 +15,9 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from . import native
 from . import ranges as interval
-from .algebra import And, Mask, Not, Or
+from .algebra import And, Apart, Mask, Not, Or
 from .bits import Bits, build, count_windows, plane_offsets
 from .leaves import CodeLeaf, Combine, Inverse, Node, RangeLeaf, Window
 from .ranges import Ranges, Shape
@@ -153,6 +154,8 @@ class Lowered:
 
 def _transpose(bits: Bits, n_q: int, n_k: int) -> tuple[Tensor, Tensor]:
     B, H = bits.offsets.shape[:2]
+    if native.serves(bits.offsets.device):
+        return native.transpose(bits.offsets, bits.blocks, n_k)
     row = rows_of(bits)
     column = bits.blocks[:, 0] + (row // max(n_q, 1)).to(torch.int32) * n_k
     order = torch.sort(column, stable=True).indices
@@ -319,6 +322,8 @@ def _form(mask: Mask, hidden: bool, shape: Shape) -> _Form:
         form = _form(part, hidden, shape)
         nested = form.ranges is None and form.literal is None and form.every == every
         parts.extend(form.parts if nested else [form])
+    if isinstance(mask, Apart) and not every:
+        return _Form(every=False, parts=tuple(parts))
     return _joined(parts, every, shape)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .bits import Bits, TileTable, build
 from .leaves import CodeLeaf
 from .ranges import Shape
@@ -94,6 +95,10 @@ def scan_planes(
 
 def scan_tensor(tensor: Tensor, shape: Shape) -> Scan:
     """Scans a bool or float tensor [B or 1, H or 1, Sq, Sk] once; any strides."""
+    if native.serves(tensor.device):
+        *bits, flags = native.scan(tensor)
+        everything, nonzero = bool(flags & native.EVERYTHING), bool(flags & native.NONZERO)
+        return Scan(None if everything else Bits(*bits), nonzero)
     finite = torch.zeros((), dtype=torch.bool, device=shape.device)
 
     def rows(b: int, h: int, first: int, last: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .algebra import Causal, Chunked, Mask, SlidingWindow, interval_ranges
+from .algebra import Apart, Causal, Chunked, Mask, SlidingWindow, interval_ranges
 from .leaves import BlockListLeaf, CodeLeaf, KeySetLeaf, LayoutLeaf, ModularLeaf, Node
 from .ranges import Ranges, Shape
 from .scan import codes_of, four_dims, scan_planes, scan_tensor, unbroadcast
@@ -115,9 +115,9 @@ class Longformer(Mask):
         if isinstance(self.global_tokens, int):
             if self.global_tokens == 0:
                 return window
-            return window | _first_keys(self.global_tokens) | _first_rows(self.global_tokens)
+            return Apart((window, _first_keys(self.global_tokens), _first_rows(self.global_tokens)))
         keys = KeySet(lambda s: self._is_global(s.Sk, s.device))
-        return window | keys | _rows(lambda s: self._is_global(s.Sq, s.device))
+        return Apart((window, keys, _rows(lambda s: self._is_global(s.Sq, s.device))))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -184,12 +184,9 @@ class BigBird(Mask):
         return seen
 
     def _expand(self, shape: Shape) -> Mask:
-        return (
-            Interval(self._window)
-            | _first_keys(self.global_blocks * self.block)
-            | _first_rows(self.global_blocks * self.block)
-            | Picked(self)
-        )
+        count = self.global_blocks * self.block
+        picked = (Picked(self),) if self.random else ()
+        return Apart((Interval(self._window), _first_keys(count), _first_rows(count), *picked))
 
     def _window(self, shape: Shape) -> Ranges:
         a = torch.arange(shape.Sq, dtype=torch.int32, device=shape.device).div_(
