@@ -50,6 +50,8 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "mask_build(int[] program, Tensor[] tensors, int B, int H, int Sq, int Sk) -> (Tensor offsets, Tensor "
       "blocks, Tensor tiles, int flags)");
   m.def("mask_transpose(Tensor offsets, Tensor blocks, int n_k) -> (Tensor offsets_t, Tensor blocks_t)");
+  // The CPU kernel of a call: "attention" or "decode". storage: 0 float32, 1 bfloat16, 2 float16.
+  m.def("attention_route(int Sq, int group, int D, int Dv, int storage) -> str");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");
 }

@@ -1,9 +1,14 @@
 // CPU binding of attention_fwd.
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <initializer_list>
+#include <memory>
+#include <string>
 #include <tuple>
 
 #include "attention_call.h"
+#include "attention_route.h"
 #include "cpu/targets/targets.h"
 #include "parallel.h"
 
@@ -31,10 +36,32 @@ Tensor output_like(const Tensor& q, const AttentionArgs& a, bool fp32) {
   return empty({a.B, a.Hq, a.Sq, a.Dv}, {batch, rows * width, width, 1}, q, fp32);
 }
 
+// The thread that finishes an item's last split merges them, in the order of the splits whoever it is.
+void run_decode(AttentionArgs& a, const KernelTable& table, int storage) {
+  const DecodePlan plan(a);
+  const int64_t bytes = (plan.tasks() * plan.partial_floats() * 4 + 63) / 64 * 64;
+  const std::unique_ptr<void, decltype(&std::free)> partials(std::aligned_alloc(64, bytes), &std::free);
+  STD_TORCH_CHECK(partials != nullptr, "fastattn: out of memory for ", bytes, " bytes of partial results");
+  a.partials = static_cast<float*>(partials.get());
+  std::unique_ptr<std::atomic<int64_t>[]> done;
+  if (plan.splits > 1) done.reset(new std::atomic<int64_t>[plan.items]());
+  run_tasks(plan.tasks(), table.decode_scratch(a), [&](int64_t i, void* scratch) {
+    table.decode[storage](a, i, scratch);
+    const int64_t item = i / plan.splits;
+    if (!done || done[item].fetch_add(1, std::memory_order_acq_rel) + 1 == plan.splits) {
+      table.decode_merge[storage](a, item, scratch);
+    }
+  });
+}
+
 void run(AttentionArgs& a, const Tensor& out, Storage storage) {
+  if (a.B * a.Hq * a.Sq == 0) return;
   a.out = out.mutable_data_ptr();
   a.out_batch = out.stride(0), a.out_head = out.stride(1), a.out_row = out.stride(2);
   const KernelTable& table = kernels();
+  if (attention_route(a.Sq, a.Hq / a.Hkv, a.D, a.Dv, storage) == AttentionRoute::kDecode) {
+    return run_decode(a, table, int(storage));
+  }
   const AttentionTask task = table.attention[int(storage)];
   run_tasks(a.tasks(), table.attention_scratch(a), [&](int64_t i, void* scratch) { task(a, i, scratch); });
 }
@@ -72,10 +99,20 @@ Tensor attention_plain(const Tensor& q, const Tensor& k, const Tensor& v, double
   return out;
 }
 
+std::string route_name(int64_t Sq, int64_t group, int64_t D, int64_t Dv, int64_t storage) {
+  STD_TORCH_CHECK(storage >= 0 && storage < 3,
+                  "fastattn: storage must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", storage);
+  return name_of(attention_route(Sq, group, D, Dv, Storage(storage)));
+}
+
 }  // namespace
 }  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&fastattn::attention_fwd));
   m.impl("attention_plain", TORCH_BOX(&fastattn::attention_plain));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
+  m.impl("attention_route", TORCH_BOX(&fastattn::route_name));
 }

@@ -51,6 +51,8 @@ struct AttentionArgs {
   float dropout_scale;
   uint64_t dropout_seed;
 
+  float* partials;  // decode only: what each split found, laid out by DecodePlan
+
   int64_t q_blocks() const { return (Sq + kGranule - 1) / kGranule; }
   int64_t tasks() const { return B * Hq * q_blocks(); }
 };

@@ -120,6 +120,16 @@ FASTATTN_INLINE float reduce_max(F32 x) {
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 
+// Adds while it transposes, so that each step has half the registers of the one before.
+FASTATTN_INLINE F32 lane_sums(const F32* r) {
+  __m256 t[4], u[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) t[i] = _mm256_hadd_ps(r[2 * i].v, r[2 * i + 1].v);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) u[i] = _mm256_hadd_ps(t[2 * i], t[2 * i + 1]);
+  return {_mm256_add_ps(_mm256_permute2f128_ps(u[0], u[1], 0x20), _mm256_permute2f128_ps(u[0], u[1], 0x31))};
+}
+
 FASTATTN_INLINE I32 splat_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 FASTATTN_INLINE I32 iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 FASTATTN_INLINE I32 load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }

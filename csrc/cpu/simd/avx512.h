@@ -100,6 +100,28 @@ FASTATTN_INLINE float reduce_add(F32 x) {
 }
 FASTATTN_INLINE float reduce_max(F32 x) { return _mm512_reduce_max_ps(x.v); }
 
+// Adds while it transposes, so that each step has half the registers of the one before.
+FASTATTN_INLINE F32 lane_sums(const F32* r) {
+  __m512 t[8], u[4], w[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = r[2 * i].v, b = r[2 * i + 1].v;
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = u[2 * i], b = u[2 * i + 1];
+    w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd))};
+}
+
 FASTATTN_INLINE I32 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 FASTATTN_INLINE I32 iota() {
   return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};

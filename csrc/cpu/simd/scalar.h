@@ -11,6 +11,7 @@
 //   select(m, a, b)      a where m, else b
 //   reduce_add           a fixed order of additions
 //   differing_64         which of 64 unsigned integers differ from a pattern, as a word
+//   lane_sums            lane i is the sum of the lanes of register i, of kLanes registers; a fixed order
 //   transpose            kLanes registers
 #pragma once
 
@@ -81,6 +82,7 @@ FASTATTN_INLINE void stream_fence() {}
 
 FASTATTN_INLINE float reduce_add(F32 x) { return x.v; }
 FASTATTN_INLINE float reduce_max(F32 x) { return x.v; }
+FASTATTN_INLINE F32 lane_sums(const F32* r) { return r[0]; }
 
 FASTATTN_INLINE I32 splat_int(int32_t x) { return {uint32_t(x)}; }
 FASTATTN_INLINE I32 iota() { return {0}; }

@@ -15,6 +15,8 @@ struct KernelTable {
   AttentionTask attention[3];
   AttentionScratch attention_scratch;
   AttentionBwdTasks attention_bwd[3];
+  AttentionTask decode[3], decode_merge[3];
+  AttentionScratch decode_scratch;
   CeilingLoop ceiling;
   MaskScan mask_scan;
 };
