@@ -155,8 +155,9 @@ class DecodeSplit {
     while (mask.next(&d.granule_[d.granules_])) {
       Granule& g = d.granule_[d.granules_];
       g.seen = g.partial ? mask.words(g, g.words) : ~0ull;
+      if (a.bias) d.hide_by_bias(&g);
       d.hides_keys_ |= g.partial;
-      if (g.seen && d.bias_shows(g)) ++d.granules_;
+      if (g.seen) ++d.granules_;
     }
     for (int n = 0; n < d.granules_; ++n) d.scores(n);
     for (int r = 0; r < rows.count; ++r) {
@@ -165,13 +166,13 @@ class DecodeSplit {
       else a.dropout ? d.template softmax<FoldedScale, true>(r) : d.template softmax<FoldedScale, false>(r);
     }
     for (int n = 0; n < d.granules_; ++n) d.values(n, end < a.Sk ? end : 0);
-    return d.finish() || exact || !(d.hides_keys_ || a.bias);
+    return d.finish() || exact || !d.hides_keys_;
   }
 
  private:
   struct Granule : PackedMask::Granule {
     uint64_t seen;             // keys that any row sees
-    uint64_t words[kGranule];  // partial granules: what each row sees
+    uint64_t words[kGranule];  // where partial: what each row sees, bias included
   };
 
   DecodeSplit(const AttentionArgs& a, const DecodePlan& plan, const PackedRows& rows, int64_t task,
@@ -200,10 +201,15 @@ class DecodeSplit {
     memset(out_, 0, rows_.count * out_stride_ * 4);
   }
 
-  bool bias_shows(const Granule& g) {
-    if (!a_.bias) return true;
-    return a_.bias_fp32 ? row_bias_shows<float>(a_, rows_, g.key, g.keys)
-                        : row_bias_shows<T>(a_, rows_, g.key, g.keys);
+  void hide_by_bias(Granule* g) const {
+    uint64_t seen = 0, hidden = 0;
+    for (int r = 0; r < rows_.count; ++r) {
+      if (!g->partial) g->words[r] = ~0ull;
+      g->words[r] &= a_.bias_fp32 ? row_bias_word<float>(a_, rows_, r, g->key, g->keys)
+                                  : row_bias_word<T>(a_, rows_, r, g->key, g->keys);
+      seen |= g->words[r], hidden |= ~g->words[r];
+    }
+    g->seen = seen, g->partial = hidden != 0;
   }
 
   void scores(int n) {
@@ -372,12 +378,11 @@ class DecodeSplit {
     return poisoned;
   }
 
-  // -inf of the bias hides like the mask does; it is told by a probability of exactly 0.
   void add_where_seen(const Granule& g, const float* p, int j) {
     const T* v = v_ + (g.key + j) * a_.v.row;
     for (int r = 0; r < rows_.count; ++r) {
+      if (g.partial && !(g.words[r] >> j & 1)) continue;
       const float weight = Lanes::probability_of(p + r * kGranule, j);
-      if ((g.partial && !(g.words[r] >> j & 1)) || (a_.bias && weight == 0.f)) continue;
       for (int64_t d = 0; d < a_.Dv; ++d) out_[r * out_stride_ + d] += weight * as_float(v[d]);
     }
   }

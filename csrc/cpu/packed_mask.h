@@ -55,7 +55,7 @@ class PackedMask {
     }
     key_ = larger(first, seen_lo / kGranule * kGranule);
     end_ = smaller(last, seen_hi);
-    if (!a.block_list) return;
+    if (!a.block_offsets) return;  // an empty list has no address
     maps_ = a.map_head ? rows.heads : 1;
     tiles_ = a.bit_tiles;
     for (int m = 0; m < maps_; ++m) {

@@ -27,16 +27,16 @@ FASTATTN_INLINE F32 load_bias(const B* bias, int64_t step, int64_t left) {
   return load(x);
 }
 
-// False where every entry is -inf, so that no row sees the granule.
+// Bit j says whether the bias shows key j of the granule to packed row r: an entry of -inf hides it.
 template <class B>
-bool row_bias_shows(const AttentionArgs& a, const PackedRows& rows, int64_t key, int keys) {
-  for (int r = 0; r < rows.count; ++r) {
-    const B* bias = row_bias<B>(a, rows, r, key);
-    for (int j = 0; j < keys; ++j) {
-      if (as_float(bias[j * a.bias_key]) != -__builtin_inff()) return true;
-    }
+uint64_t row_bias_word(const AttentionArgs& a, const PackedRows& rows, int r, int64_t key, int keys) {
+  const B* bias = row_bias<B>(a, rows, r, key);
+  uint64_t word = 0;
+  for (int j = 0; j < keys; j += kLanes) {
+    const F32 x = load_bias(bias + j * a.bias_key, a.bias_key, keys - j);
+    word |= uint64_t(bits_of((x > splat(-__builtin_inff())) | is_nan(x))) << j;
   }
-  return false;
+  return word & low_bits(keys);
 }
 
 // scores: raw q.k in, natural units out.
