@@ -52,6 +52,27 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("mask_transpose(Tensor offsets, Tensor blocks, int n_k) -> (Tensor offsets_t, Tensor blocks_t)");
   // The CPU kernel of a call: "attention" or "decode". storage: 0 float32, 1 bfloat16, 2 float16.
   m.def("attention_route(int Sq, int group, int D, int Dv, int storage) -> str");
+  m.def(
+      "softmax_fwd(Tensor x, int dim, Tensor? mask, Tensor? bias, float scale, bool causal, bool out_fp32) "
+      "-> Tensor");
+  m.def(
+      "softmax_out(Tensor x, int dim, Tensor? mask, Tensor? bias, float scale, bool causal, Tensor(a!) out) "
+      "-> ()");
+  m.def(
+      "norm_fwd(Tensor x, int row_dims, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool "
+      "rms, "
+      "bool need_stats) -> (Tensor y, Tensor stats)");
+  m.def(
+      "norm_out(Tensor x, int row_dims, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool "
+      "rms, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "add_norm_fwd(Tensor x, Tensor residual, int row_dims, Tensor? weight, Tensor? bias, float eps, "
+      "float weight_offset, bool rms, ScalarType sum_dtype, bool need_stats) -> (Tensor y, Tensor sum, "
+      "Tensor stats)");
+  m.def(
+      "add_norm_out(Tensor x, Tensor residual, int row_dims, Tensor? weight, Tensor? bias, float eps, "
+      "float weight_offset, bool rms, Tensor(a!) out, Tensor(b!) sum_out) -> ()");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");
 }

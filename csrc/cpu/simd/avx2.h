@@ -55,6 +55,16 @@ FASTATTN_INLINE Mask mask_of_bits(uint32_t bits) {
 }
 FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
 
+FASTATTN_INLINE Mask nonzero_bytes(const uint8_t* p) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
+}
+FASTATTN_INLINE Mask nonzero_bytes_n(const uint8_t* p, int64_t n) {
+  uint8_t bytes[8] = {};
+  for (int64_t i = 0; i < n && i < 8; ++i) bytes[i] = p[i];
+  return nonzero_bytes(bytes);
+}
+
 FASTATTN_INLINE __m256i first_lanes(int64_t n) {
   const __m256i count = _mm256_set1_epi32(n > 8 ? 8 : int32_t(n));
   return _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

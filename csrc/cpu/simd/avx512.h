@@ -46,6 +46,15 @@ FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return {_mm512_mask_blend_ps(
 
 FASTATTN_INLINE __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << n) - 1); }
 
+FASTATTN_INLINE Mask nonzero_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return {_mm_test_epi8_mask(bytes, bytes)};
+}
+FASTATTN_INLINE Mask nonzero_bytes_n(const uint8_t* p, int64_t n) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), p);
+  return {_mm_test_epi8_mask(bytes, bytes)};
+}
+
 FASTATTN_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTATTN_INLINE F32 load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 FASTATTN_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }

@@ -8,6 +8,7 @@
 //   scale_by_power       a * 2^n for integral n in [-160, 127]; 0 where the result is far below 2^-126
 //   max(a, b), min(a, b) b where either is NaN
 //   mask_of_bits         bit i of the word is lane i
+//   nonzero_bytes(_n)    lane i where byte i (of n) is not 0
 //   select(m, a, b)      a where m, else b
 //   reduce_add           a fixed order of additions
 //   differing_64         which of 64 unsigned integers differ from a pattern, as a word
@@ -57,6 +58,9 @@ FASTATTN_INLINE bool any(Mask a) { return a.m; }
 FASTATTN_INLINE uint32_t bits_of(Mask a) { return a.m; }
 FASTATTN_INLINE Mask mask_of_bits(uint32_t bits) { return {(bits & 1) != 0}; }
 FASTATTN_INLINE F32 select(Mask m, F32 a, F32 b) { return m.m ? a : b; }
+
+FASTATTN_INLINE Mask nonzero_bytes(const uint8_t* p) { return {*p != 0}; }
+FASTATTN_INLINE Mask nonzero_bytes_n(const uint8_t* p, int64_t n) { return {n > 0 && *p != 0}; }
 
 template <class T>
 FASTATTN_INLINE F32 load(const T* p) {

@@ -18,20 +18,20 @@ struct Half {
 // How a tensor's elements are stored; the order is that of the kernel tables.
 enum class Storage : int { kFloat = 0, kBFloat16 = 1, kHalf = 2 };
 
-inline uint32_t as_bits(float x) {
+FASTATTN_INLINE uint32_t as_bits(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);
   return u;
 }
-inline float from_bits(uint32_t u) {
+FASTATTN_INLINE float from_bits(uint32_t u) {
   float x;
   memcpy(&x, &u, 4);
   return x;
 }
 
-inline float as_float(float x) { return x; }
-inline float as_float(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
-inline float as_float(Half x) {
+FASTATTN_INLINE float as_float(float x) { return x; }
+FASTATTN_INLINE float as_float(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+FASTATTN_INLINE float as_float(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t exponent = (x.bits >> 10) & 0x1f, mantissa = x.bits & 0x3ff;
   if (exponent == 0x1f) return from_bits(sign | 0x7f800000 | (mantissa << 13));
@@ -41,13 +41,13 @@ inline float as_float(Half x) {
 }
 
 // Round to nearest even; NaN stays NaN.
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, BFloat16* out) {
+FASTATTN_INLINE void from_float(float x, float* out) { *out = x; }
+FASTATTN_INLINE void from_float(float x, BFloat16* out) {
   const uint32_t u = as_bits(x);
   out->bits = (u & 0x7fffffff) > 0x7f800000 ? uint16_t((u >> 16) | 0x40)
                                             : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
-inline void from_float(float x, Half* out) {
+FASTATTN_INLINE void from_float(float x, Half* out) {
   const uint32_t u = as_bits(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude > 0x7f800000) {
     out->bits = uint16_t(sign | 0x7e00);

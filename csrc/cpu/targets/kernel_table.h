@@ -6,6 +6,7 @@
 #include "../attention_bwd_args.h"
 #include "../ceiling_kinds.h"
 #include "../mask_scan_args.h"
+#include "../rows_args.h"
 
 namespace fastattn {
 
@@ -19,6 +20,7 @@ struct KernelTable {
   AttentionScratch decode_scratch;
   CeilingLoop ceiling;
   MaskScan mask_scan;
+  RowKernels rows;
 };
 
 }  // namespace fastattn

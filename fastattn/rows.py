@@ -1,0 +1,460 @@
+"""Softmax, LayerNorm, RMSNorm and their fusions with a residual: what users call, and `explain` for them.
+
+`fastattn.reference` has a function of each name: its specification.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _info, reference, row_ops  # noqa: F401  row_ops registers fakes
+from .dispatch import ROW_KERNELS, Choice, choose
+from .problem import name_of
+from .row_problem import RowProblem, norm_problem, softmax_problem
+
+__all__ = ["add_layer_norm", "add_rms_norm", "explain", "layer_norm", "rms_norm", "softmax"]
+
+_ops = torch.ops.fastattn
+_softmax_fwd, _softmax_out = _ops.softmax_fwd.default, _ops.softmax_out.default
+_norm_fwd, _norm_out = _ops.norm_fwd.default, _ops.norm_out.default
+_add_norm_fwd, _add_norm_out = _ops.add_norm_fwd.default, _ops.add_norm_out.default
+
+
+def softmax(
+    x: Tensor,
+    dim: int = -1,
+    dtype: torch.dtype | None = None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax of ``scale * x + bias`` along `dim` over the visible entries, 0 at the hidden ones.
+
+    `torch.softmax` with four arguments more. A row emptied by mask or bias is 0, and so is its gradient; a row whose
+    visible entries are all -inf is NaN, as in torch. Sums and exponentials are float32.
+
+    Args:
+        x: any shape and strides; float32, bfloat16, float16 (kernels) or float64 (reference).
+        dim: the dimension that sums to 1.
+        dtype: x is cast to it first, and it is the result's; x's own by default.
+        mask: bool, broadcastable to x's shape; True is visible.
+        bias: x's dtype or float32, broadcastable to x's shape; -inf hides. Differentiable.
+        scale: factor on x.
+        causal: row i of the last two dimensions sees entries 0..i; `dim` is the last.
+        out: a tensor for the result, of its shape and dtype; may be x itself. Not while an argument requires a
+            gradient.
+        backend: "cpu", "triton", "cuda" or "reference" forces one; None takes the first that serves the call.
+
+    Returns:
+        A tensor of x's shape, contiguous unless `out` is given.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument of a wrong type, dtype, shape or value, named.
+        RuntimeError: a forced backend that cannot run the call, with its reason; `out` with a gradient.
+
+    Method: a maximum for each chunk of a row, put together at the end (the online softmax of arXiv:1805.02867).
+    """
+    if dtype is None and mask is None and bias is None and out is None and not causal:
+        if backend is None and _is_plain(x) and type(dim) is int and -x.dim() <= dim < x.dim():
+            factor = 1.0 if scale is None else scale
+            if _is_finite(factor):
+                out = _empty_like(x)
+                _softmax_out(x, dim % x.dim(), None, None, factor, False, out)
+                return out
+    p = softmax_problem(
+        x, dim, dtype, mask=mask, bias=bias, scale=scale, causal=causal, out=out, backend=backend
+    )
+    if choose(p, ROW_KERNELS).kernel.name == "reference":
+        y = reference.softmax(p.x, p.dim, p.dtype, mask=p.mask, bias=p.bias, scale=p.scale, causal=p.causal)
+        return y if out is None else out.copy_(y)
+    return _run_softmax(p)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps) * (weight + weight_offset) + bias`` over the last dimensions.
+
+    `torch.nn.functional.layer_norm` that takes every mix of dtypes. Statistics are float32, of centred values: they
+    survive a mean of a million times the deviation, and values whose squares overflow.
+
+    Args:
+        x: [..., *normalized_shape]; float32, bfloat16, float16 (kernels) or float64 (reference). Any strides before
+            the normalized dimensions; those are copied once unless they are contiguous.
+        normalized_shape: the last dimensions of x, as an int or a sequence.
+        weight, bias: of shape normalized_shape, each in any of those dtypes, or None.
+        eps: 0 or more.
+        weight_offset: added to weight; 1 for zero-centred weights.
+        out: a tensor for the result, of x's shape and dtype; may be x itself. Not while an argument requires a
+            gradient.
+        backend: "cpu", "triton", "cuda" or "reference" forces one; None takes the first that serves the call.
+
+    Returns:
+        A tensor of x's shape and dtype, contiguous unless `out` is given.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or value, named.
+        RuntimeError: a forced backend that cannot run the call, with its reason; `out` with a gradient.
+
+    Method: two passes over cached chunks of a row, merged pairwise (Chan, Golub and LeVeque, 1983).
+    """
+    if out is None and backend is None and _is_plain_norm(x, normalized_shape, weight, bias):
+        if _is_finite(eps) and eps >= 0.0 and _is_finite(weight_offset):
+            out = _empty_like(x)
+            _norm_out(x, _dims_of(normalized_shape), weight, bias, eps, weight_offset, False, out)
+            return out
+    return _norm(
+        norm_problem(
+            "layer_norm",
+            x,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            weight_offset=weight_offset,
+            out=out,
+            backend=backend,
+        )
+    )
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)`` over the last dimensions (arXiv:1910.07467).
+
+    `torch.nn.functional.rms_norm`; arguments, result and errors are those of `layer_norm`, without bias. `eps` of None
+    is the epsilon of the dtype that computes, as in torch: float32's, or float64's for float64. `weight_offset` is 1
+    for Gemma's weights.
+    """
+    if out is None and backend is None and _is_plain_norm(x, normalized_shape, weight):
+        epsilon = _EPS if eps is None else eps
+        if _is_finite(epsilon) and epsilon >= 0.0 and _is_finite(weight_offset):
+            out = _empty_like(x)
+            _norm_out(x, _dims_of(normalized_shape), weight, None, epsilon, weight_offset, True, out)
+            return out
+    return _norm(
+        norm_problem(
+            "rms_norm",
+            x,
+            normalized_shape,
+            weight,
+            None,
+            eps,
+            weight_offset=weight_offset,
+            out=out,
+            backend=backend,
+        )
+    )
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+    sum_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    sum_out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual`` and its `layer_norm`, in one pass: (norm in x's dtype, s in `sum_dtype`).
+
+    The norm is that of s as returned, rounded to its dtype: the same as adding first.
+
+    Args:
+        residual: of x's shape; any of the dtypes of `layer_norm`.
+        sum_dtype: residual's by default. A float32 stream of residuals beside half-precision x loses nothing.
+        out, sum_out: tensors for the norm and for s; each may be x or residual itself.
+        All others are those of `layer_norm`, and so are the errors.
+    """
+    return _add_norm(
+        norm_problem(
+            "add_layer_norm",
+            x,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            residual=residual,
+            weight_offset=weight_offset,
+            sum_dtype=sum_dtype,
+            out=out,
+            sum_out=sum_out,
+            backend=backend,
+        )
+    )
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    sum_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    sum_out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual`` and its `rms_norm`, in one pass; everything else as in `add_layer_norm`."""
+    return _add_norm(
+        norm_problem(
+            "add_rms_norm",
+            x,
+            normalized_shape,
+            weight,
+            None,
+            eps,
+            residual=residual,
+            weight_offset=weight_offset,
+            sum_dtype=sum_dtype,
+            out=out,
+            sum_out=sum_out,
+            backend=backend,
+        )
+    )
+
+
+class Explanation:
+    """What a row call runs and why; `str()` is for people, the fields for programs.
+
+    kernel: the name of the kernel. refusals: (kernel, reason) of those before it. notes: copies and casts.
+    """
+
+    def __init__(self, p: RowProblem, choice: Choice):
+        self.kernel = choice.kernel.name
+        self.refusals = choice.refusals
+        self.notes = list(p.notes)
+        self.detail = f"{_info.isa()} ({_info.isa_reason()})" if self.kernel == "cpu" else ""
+        parts = [p.op, f"x {name_of(p.x.dtype)} {list(p.x.shape)} on {p.device.type}"]
+        parts += [f"dim {p.dim}"] if p.op == "softmax" else [f"normalized_shape {list(p.normalized_shape)}"]
+        for name, t in (("mask", p.mask), *p.tensors().items()):
+            if t is not None and name != "x":
+                parts.append(f"{name} {name_of(t.dtype)}")
+        parts += ["causal"] * p.causal + ["gradients"] * p.needs_grad()
+        self.call = ", ".join(parts)
+        if self.kernel == "cpu" and p.op != "softmax":
+            for name in ("x", "residual"):
+                t = getattr(p, name)
+                if t is not None and not _rows_contiguous(t, len(p.normalized_shape)):
+                    self.notes.append(f"{name} is copied once: its normalized dimensions are not contiguous")
+
+    def __str__(self) -> str:
+        lines = [
+            f"call     {self.call}",
+            f"kernel   {self.kernel}" + (f": {self.detail}" if self.detail else ""),
+        ]
+        lines += [f"refused  {name}: {reason}" for name, reason in self.refusals]
+        lines += [f"note     {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(function, *args, **kwargs) -> Explanation:
+    """Which kernel ``function(*args, **kwargs)`` runs, and why each other one refused; runs nothing.
+
+    `function` is one of this module's. Raises what it raises, and TypeError for any other function.
+    """
+    if function not in (softmax, layer_norm, rms_norm, add_layer_norm, add_rms_norm):
+        raise TypeError(
+            f"explain knows {', '.join(sorted(set(__all__) - {'explain'}))}, got {function!r:.60}"
+        )
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    op = function.__name__
+    p = softmax_problem(**call.arguments) if function is softmax else norm_problem(op, **call.arguments)
+    return Explanation(p, choose(p, ROW_KERNELS))
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_EPS = torch.finfo(torch.float32).eps
+
+
+def _is_plain(x: Tensor, *optional: Tensor | None) -> bool:
+    """Whether the validation and choice of a call of inference on the CPU would come out as its shortest way."""
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    for t in (x, *optional):
+        if t is None and t is not x:
+            continue
+        if type(t) not in _PLAIN_TYPES or t.dtype not in _PLAIN_DTYPES or (grad and t.requires_grad):
+            return False
+        if not t.is_cpu or t.is_nested or t.layout is not torch.strided or t.dim() > 9:
+            return False
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _is_finite(number: float) -> bool:
+    return type(number) is float and -math.inf < number < math.inf
+
+
+def _dims_of(normalized_shape: int | Sequence[int]) -> int:
+    return 1 if type(normalized_shape) is int else len(normalized_shape)
+
+
+def _is_plain_norm(
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None = None
+) -> bool:
+    if not _is_plain(x, weight, bias) or not x.is_contiguous():
+        return False
+    shape = normalized_shape
+    if type(shape) is int:
+        shape = (shape,)
+    elif not isinstance(shape, (tuple, list)):
+        return False
+    shape = tuple(shape)
+    if not shape or x.shape[-len(shape) :] != shape:
+        return False
+    return all(t is None or (t.shape == shape and t.is_contiguous()) for t in (weight, bias))
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Contiguous, whatever x's strides."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _through_torch() -> bool:
+    """Whether a transform watches: then an op has to be functional. Else it writes into a tensor made here, which
+    costs less than half of what a functional op with autograd does."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _new(p: RowProblem, dtype: torch.dtype) -> Tensor:
+    return torch.empty(p.x.shape, dtype=dtype, device=p.x.device)
+
+
+def _along(t: Tensor | None, p: RowProblem) -> Tensor | None:
+    """A mask or bias with x's size along dim and its elements side by side there, as the kernel reads it."""
+    if t is None:
+        return None
+    width, behind = p.x.shape[p.dim], p.x.dim() - p.dim  # how far dim is from the end
+    if t.dim() < behind:
+        t = t[(None,) * (behind - t.dim())]
+    at = t.dim() - behind
+    if t.shape[at] != width:
+        t = t.expand(*t.shape[:at], width, *t.shape[at + 1 :])
+    if t.stride(at) != 1 and width > 1:
+        t = t.movedim(at, -1).contiguous().movedim(-1, at)
+    return t
+
+
+def _run_softmax(p: RowProblem) -> Tensor:
+    x = p.x
+    if p.causal and x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    scale = 1.0 if p.scale is None else p.scale
+    arguments = (x, p.dim, _along(p.mask, p), _along(p.bias, p), scale, p.causal)
+    if p.out is None and _through_torch():
+        return _softmax_fwd(*arguments, p.dtype == torch.float32)
+    out = _new(p, p.dtype) if p.out is None else p.out
+    if p.causal and out.stride(-1) != 1 and out.shape[-1] > 1:
+        return out.copy_(_softmax_fwd(*arguments, p.dtype == torch.float32))
+    _softmax_out(*arguments, out)
+    return out
+
+
+def _rows_contiguous(t: Tensor, row_dims: int) -> bool:
+    """Whether the last dimensions are, together, one run of elements."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in zip(reversed(t.shape[-row_dims:]), reversed(t.stride()[-row_dims:])):
+        if stride != expected and size != 1:
+            return False
+        expected *= size
+    return True
+
+
+def _norm_arguments(p: RowProblem) -> tuple:
+    row_dims = len(p.normalized_shape)
+    weight = None if p.weight is None else p.weight.contiguous()
+    bias = None if p.bias is None else p.bias.contiguous()
+    return row_dims, weight, bias, p.eps, p.weight_offset, p.rms
+
+
+def _as_rows(t: Tensor, p: RowProblem) -> Tensor:
+    return t if _rows_contiguous(t, len(p.normalized_shape)) else t.contiguous()
+
+
+def _norm(p: RowProblem) -> Tensor:
+    if choose(p, ROW_KERNELS).kernel.name == "reference":
+        extra = () if p.rms else (p.bias,)
+        y = getattr(reference, p.op)(
+            p.x, p.normalized_shape, p.weight, *extra, p.eps, weight_offset=p.weight_offset
+        )
+        return y if p.out is None else p.out.copy_(y)
+    arguments = _norm_arguments(p)
+    x = _as_rows(p.x, p)
+    if p.out is None and _through_torch():
+        return _norm_fwd(x, *arguments, False)[0]
+    out = _new(p, p.x.dtype) if p.out is None else p.out
+    if _rows_contiguous(out, len(p.normalized_shape)):
+        _norm_out(x, *arguments, out)
+        return out
+    return out.copy_(_norm_fwd(x, *arguments, False)[0])
+
+
+def _add_norm(p: RowProblem) -> tuple[Tensor, Tensor]:
+    if choose(p, ROW_KERNELS).kernel.name == "reference":
+        extra = () if p.rms else (p.bias,)
+        y, total = getattr(reference, p.op)(
+            p.x,
+            p.residual,
+            p.normalized_shape,
+            p.weight,
+            *extra,
+            p.eps,
+            weight_offset=p.weight_offset,
+            sum_dtype=p.sum_dtype,
+        )
+        return _store(y, p.out), _store(total, p.sum_out)
+    arguments = _norm_arguments(p)
+    x, residual = _as_rows(p.x, p), _as_rows(p.residual, p)
+    row_dims = len(p.normalized_shape)
+    outs = [t for t in (p.out, p.sum_out) if t is not None]
+    if (not outs and _through_torch()) or not all(_rows_contiguous(t, row_dims) for t in outs):
+        y, total, _ = _add_norm_fwd(x, residual, *arguments, p.sum_dtype, False)
+        return _store(y, p.out), _store(total, p.sum_out)
+    out = _new(p, p.x.dtype) if p.out is None else p.out
+    sum_out = _new(p, p.sum_dtype) if p.sum_out is None else p.sum_out
+    _add_norm_out(x, residual, *arguments, out, sum_out)
+    return out, sum_out
+
+
+def _store(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
