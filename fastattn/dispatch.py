@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .problem import Problem, name_of
+from .row_problem import RowProblem
 
 # The CPU kernel's routes by shape are the op's own rule; see csrc/ops_attention.cpp.
-Refusal = Callable[[Problem], "str | None"]
+Refusal = Callable[[Any], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _refuse_cpu(p: Problem) -> str | None:
     if p.dtype == torch.float64:
         return "float64 is computed by the reference"
     if p.has_tangents():
-        return "forward-mode AD needs tangents, which a custom op would silently make zero"
+        return _FORWARD_AD
     if max(p.Sq, p.Sk) >= 2**31 - 1:
         return "sequences of 2^31 - 1 rows and more"
     return None
@@ -71,13 +73,57 @@ KERNELS = (
 )
 
 
-def choose(p: Problem) -> Choice:
+_FORWARD_AD = "forward-mode AD needs tangents, which a custom op would silently make zero"
+_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _refuse_rows_gpu(p: RowProblem, what: str) -> str | None:
+    if p.device.type != "cuda":
+        return f"x is on {p.device.type}, not on a CUDA or ROCm device"
+    return f"no {what} kernel of {p.op} is in this version"
+
+
+def _refuse_rows_cuda(p: RowProblem) -> str | None:
+    return _refuse_rows_gpu(p, "CUDA C++")
+
+
+def _refuse_rows_triton(p: RowProblem) -> str | None:
+    return _refuse_rows_gpu(p, "Triton")
+
+
+def _refuse_rows_cpu(p: RowProblem) -> str | None:
+    if p.device.type != "cpu":
+        return f"x is on {p.device.type}"
+    dtypes = {name: t.dtype for name, t in p.tensors().items()} | {"dtype": p.dtype, "sum_dtype": p.sum_dtype}
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in _ROW_DTYPES:
+            return f"{name} is {name_of(dtype)}, which is computed by the reference"
+    if p.has_tangents():
+        return _FORWARD_AD
+    if p.needs_grad():
+        return "an argument requires a gradient, and the backward kernel is not in this version"
+    if p.x.dim() == 0:
+        return "x is a single number, without a row"
+    if p.x.dim() > 9:
+        return f"x has {p.x.dim()} dimensions, the kernel takes up to 9"
+    return None
+
+
+ROW_KERNELS = (
+    Kernel("cuda", _refuse_rows_cuda),
+    Kernel("triton", _refuse_rows_triton),
+    Kernel("cpu", _refuse_rows_cpu),
+    Kernel("reference", _refuse_reference),
+)
+
+
+def choose(p: Problem | RowProblem, kernels: tuple[Kernel, ...] = KERNELS) -> Choice:
     """The first kernel of the list that does not refuse, or the forced one.
 
     Raises RuntimeError where `backend=` forces a kernel that refuses, with its reason.
     """
     refusals = []
-    for kernel in KERNELS:
+    for kernel in kernels:
         if p.backend is not None and kernel.name != p.backend:
             continue
         reason = kernel.refuse(p)

@@ -450,10 +450,10 @@ def rms_norm(
     return _affine(h, weight, None, weight_offset).to(x.dtype)
 
 
-def _add(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum in residual's dtype, and that sum, rounded as it is, in the dtype that computes."""
+def _add(x: Tensor, residual: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The sum in `dtype`, or residual's, and that sum, rounded as it is, in the dtype that computes."""
     work = torch.promote_types(_work_dtype(x.dtype), _work_dtype(residual.dtype))
-    total = (x.to(work) + residual.to(work)).to(residual.dtype)
+    total = (x.to(work) + residual.to(work)).to(residual.dtype if dtype is None else dtype)
     return total, total.to(work)
 
 
@@ -466,13 +466,14 @@ def add_layer_norm(
     eps: float = 1e-5,
     *,
     weight_offset: float = 0.0,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + residual``, and its `layer_norm`: (norm in x's dtype, s in residual's dtype).
+    """``s = x + residual``, and its `layer_norm`: (norm in x's dtype, s in `sum_dtype`, by default
+    residual's dtype).
 
-    The norm is that of s as returned, rounded to residual's dtype: the same as adding first and calling
-    `layer_norm`.
+    The norm is that of s as returned, rounded to its dtype: the same as adding first and calling `layer_norm`.
     """
-    total, h = _add(x, residual)
+    total, h = _add(x, residual, sum_dtype)
     return layer_norm(h, normalized_shape, weight, bias, eps, weight_offset=weight_offset).to(x.dtype), total
 
 
@@ -484,7 +485,8 @@ def add_rms_norm(
     eps: float | None = None,
     *,
     weight_offset: float = 0.0,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `add_layer_norm`, with `rms_norm`: (norm in x's dtype, ``s = x + residual`` in residual's dtype)."""
-    total, h = _add(x, residual)
+    """As `add_layer_norm`, with `rms_norm`: (norm in x's dtype, ``s = x + residual`` in `sum_dtype`)."""
+    total, h = _add(x, residual, sum_dtype)
     return rms_norm(h, normalized_shape, weight, eps, weight_offset=weight_offset).to(x.dtype), total

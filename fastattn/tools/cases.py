@@ -320,7 +320,7 @@ def _row_op(row: Workload, device: str) -> Case:
 
 def _add_norm(row: Workload, function: Callable, x, residual, weight, bias):
     width = [row.shape.width]
-    out = {"out": (torch.empty_like(x), torch.empty_like(x))} if "out" in row.features else {}
+    out = {"out": torch.empty_like(x), "sum_out": torch.empty_like(x)} if "out" in row.features else {}
     if row.op == "add_layer_norm":
 
         def theirs():
