@@ -3,18 +3,24 @@
 from . import masks, reference, transforms  # noqa: F401  transforms registers derivatives and vmap rules
 from .functional import attention, explain, scaled_dot_product_attention
 from .patch import sdpa_patch
+from .rows import add_layer_norm, add_rms_norm, layer_norm, rms_norm, softmax
 from .swap import SwapReport, restore, swap
 from .version import __version__
 
 __all__ = [
     "__version__",
     "SwapReport",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "explain",
+    "layer_norm",
     "masks",
     "reference",
     "restore",
+    "rms_norm",
     "scaled_dot_product_attention",
+    "softmax",
     "sdpa_patch",
     "swap",
 ]
