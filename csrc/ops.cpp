@@ -45,10 +45,10 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsinks)");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
   m.def("_attention_bwd_route() -> str");
-  m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, int flags)");
+  m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def(
       "mask_build(int[] program, Tensor[] tensors, int B, int H, int Sq, int Sk) -> (Tensor offsets, Tensor "
-      "blocks, Tensor tiles, int flags)");
+      "blocks, Tensor tiles, Tensor flags)");
   m.def("mask_transpose(Tensor offsets, Tensor blocks, int n_k) -> (Tensor offsets_t, Tensor blocks_t)");
   // The CPU kernel of a call: "attention" or "decode". storage: 0 float32, 1 bfloat16, 2 float16.
   m.def("attention_route(int Sq, int group, int D, int Dv, int storage) -> str");

@@ -12,7 +12,7 @@
 namespace fastattn {
 namespace {
 
-using Lists = std::tuple<Tensor, Tensor, Tensor, int64_t>;
+using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // What the last result of mask_scan and mask_build says beside the lists.
 constexpr int64_t kEverything = 1;  // every granule is full: the bits hide nothing
@@ -44,6 +44,13 @@ class TileBuffer {
   int32_t size_ = 0;
   int64_t room_ = 0;
 };
+
+// A tensor, because torch.compile takes an int that an op returns for a constant.
+Tensor flags_tensor(int64_t flags) {
+  Tensor t = new_ints({}, ScalarType::Long);
+  *static_cast<int64_t*>(t.mutable_data_ptr()) = flags;
+  return t;
+}
 
 // One granule of rows of a scanned tensor.
 struct ScannedRow {
@@ -163,7 +170,7 @@ Lists mask_scan(const Tensor& mask) {
       if (code != kEmpty) *to++ = int32_t(k), *to++ = code;
     }
   });
-  return {offsets, blocks, tiles, flags};
+  return {offsets, blocks, tiles, flags_tensor(flags)};
 }
 
 // Reads a tree in postfix order; the numbers are written by fastattn/masks/native.py.
@@ -326,7 +333,7 @@ Lists mask_build(std::vector<int64_t> program, std::vector<Tensor> tensors, int6
   for (int64_t n = 0; n < builder.tiles().size(); ++n)
     std::copy_n(builder.tiles().at(n), kSide, tile + n * kSide);
   if (count < bound) blocks = torch::stable::narrow(blocks, 0, 0, count);
-  return {offsets, blocks, tiles, builder.everything() ? kEverything : 0};
+  return {offsets, blocks, tiles, flags_tensor(builder.everything() ? kEverything : 0)};
 }
 
 std::tuple<Tensor, Tensor> mask_transpose(const Tensor& offsets, const Tensor& blocks, int64_t n_k) {

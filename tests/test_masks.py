@@ -7,6 +7,7 @@ import pytest
 import torch
 from mask_checks import assert_lowers, assert_well_formed, decode
 
+from fastattn import attention
 from fastattn.masks import (
     BigBird,
     BlockSparse,
@@ -423,6 +424,39 @@ def test_both_builders_agree(monkeypatch):
 def test_the_op_checks_its_program(program, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastattn.mask_build(program, [], 1, 1, 64, 64)
+
+
+COMPILED = {
+    "big bird": lambda q, k, v: attention(q, k, v, mask=BigBird(16, per_head=True)),
+    "algebra": lambda q, k, v: attention(q, k, v, mask=~Documents([0, 50, 130]) & Strided(10) | Causal()),
+    "predicate": lambda q, k, v: attention(q, k, v, mask=Predicate(lambda b, h, i, j: (i + j) % 3 == 0)),
+    "lengths": lambda q, k, v: attention(q, k, v, mask=KeyPadding((q[:, 0, 0, 0] * 0 + 70).int()) & Causal()),
+    "bool": lambda q, k, v: attention(q, k, v, mask=q[..., :1].detach() + k[:, :1, :, 0].unsqueeze(2) > 0),
+    "keys": lambda q, k, v: attention(q, k, v, mask=k[:, :1, :, 0].unsqueeze(2).detach() > 0),
+    "additive": lambda q, k, v: attention(q, k, v, mask=k[:, :1, :, 0].detach().relu().unsqueeze(2).log()),
+}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_whole(case):
+    """Lowering stands in the graph, sizes that depend on the data included; gradients too."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 4, 130, 16, requires_grad=True)
+    k, v = (torch.randn(2, 2, 130, 16).abs_().sub_(0.1).requires_grad_() for _ in range(2))
+    call = COMPILED[case]
+    expected, out = call(q, k, v), torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.testing.assert_close(out, expected)
+    for grad, wanted in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, expected))):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_opcheck():
+    mask = bools(2, 1, 130, 70, share=0.9)
+    torch.library.opcheck(torch.ops.fastattn.mask_scan, (mask,))
+    torch.library.opcheck(torch.ops.fastattn.mask_scan, (additive(mask).mT,))
+    offsets, blocks, *_ = torch.ops.fastattn.mask_scan(mask)
+    torch.library.opcheck(torch.ops.fastattn.mask_transpose, (offsets, blocks, 2))
+    torch.library.opcheck(torch.ops.fastattn.mask_build, ([5, 3], [], 1, 1, 100, 200))
 
 
 # Peak memory of building each family at S = 131072, above what the process holds before. The kernel counts pages

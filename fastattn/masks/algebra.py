@@ -370,11 +370,14 @@ class KeyPadding(Mask):
 def interval_ranges(keys: Tensor) -> Ranges | None:
     """A bool tensor [B or 1, H or 1, Sk], the same for all rows, as ranges; None if the True have gaps.
 
-    A bound that hides nothing becomes None. Reads three flags back from an accelerator.
+    A bound that hides nothing becomes None. Reads three flags back from an accelerator; while torch.compile
+    traces there are none, and the answer is None.
     """
     Sk = keys.shape[-1]
     if Sk == 0:
         return Ranges()
+    if torch.compiler.is_compiling():
+        return None
     count = keys.sum(-1, dtype=torch.int32)
     first = keys.to(torch.int8).argmax(-1).to(torch.int32)
     last = first + count
@@ -538,7 +541,7 @@ def _intervals_of_ids(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | Non
     count = last - first
     lo = position.gather(1, first.clamp(max=keys.shape[1] - 1))
     hi = position.gather(1, (last - 1).clamp_(min=0)) + 1
-    if not bool(((hi - lo == count) | (count == 0)).all()):
+    if torch.compiler.is_compiling() or not bool(((hi - lo == count) | (count == 0)).all()):
         return None
     return lo.masked_fill_(count == 0, 0).to(torch.int32), hi.masked_fill_(count == 0, 0).to(torch.int32)
 

@@ -165,8 +165,9 @@ def build(tree: Node, shape: Shape, within: RangeLeaf | None = None) -> Bits | N
     if shape.Sq == 0 or shape.Sk == 0:
         return None
     if native.serves(shape.device):
-        *bits, flags = native.build(tree, within, shape.Sq, shape.Sk)
-        return None if flags & native.EVERYTHING else Bits(*bits)
+        offsets, blocks, tiles, flags = native.build(tree, within, shape.Sq, shape.Sk)
+        everything = native.read(flags, while_tracing=0) & native.EVERYTHING
+        return None if everything else Bits(offsets, blocks, tiles)
     return _Builder(tree, shape, within).run()
 
 

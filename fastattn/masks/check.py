@@ -41,8 +41,8 @@ def integers(mask: str, name: str, value: object, ranks: tuple[int, ...]) -> Ten
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether values may be looked at without waiting for an accelerator."""
-    return tensor.device.type == "cpu"
+    """Whether values may be looked at: no accelerator is waited for, and torch.compile is not tracing."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def least_and_most(tensor: Tensor) -> tuple[int, int]:

@@ -285,11 +285,11 @@ class KeySetLeaf(Leaf):
         padded = keys.new_zeros(*keys.shape[:2], self.n_k * GRANULE)
         padded[:, :, : shape.Sk] = keys
         self.by_granule = pack_bits(padded)
-        self.complete = low_bits(shape.device)[(self.key_ends() - self.key_starts()).long()]
 
     def window_status(self, window: Window) -> Tensor:
         words = window.of(self.by_granule)
-        return ((words != 0).to(torch.int8) + (words == self.complete)).unsqueeze(2)
+        complete = low_bits(self.shape.device)[(self.key_ends() - self.key_starts()).long()]
+        return ((words != 0).to(torch.int8) + (words == complete)).unsqueeze(2)
 
     def key(self, at: Granules) -> Tensor:
         b, h = at.plane(self.by_granule)

@@ -394,7 +394,8 @@ def from_tensor(
             bits, finite = scan_tensor(once, shape)
         else:
             seen = visible(once)
-            finite = additive and bool(((once != 0) & seen).any())
+            traced = torch.compiler.is_compiling()
+            finite = additive and (traced or bool(((once != 0) & seen).any()))
             ranges = Dense(seen)._ranges(shape)
             if ranges is None:
                 ranges, bits = interval.EVERYTHING, build(Dense(seen)._leaf(shape), shape)

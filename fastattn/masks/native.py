@@ -1,11 +1,17 @@
-"""The C++ ops that build, scan and transpose on the CPU; the torch code beside them serves other devices."""
+"""The C++ ops that build, scan and transpose on the CPU; the torch code beside them serves other devices.
+
+Under torch.compile the ops stand in the graph: how many blocks and tiles come out is known when they run. What
+their flags would shorten (no bits where all is visible, no bias where all is 0) is left as it is there.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .. import _library  # noqa: F401  the op library has to be loaded first
 from .leaves import Kind, Node, RangeLeaf
+from .words import GRANULE, granules
 
 # Flags of mask_scan and mask_build.
 EVERYTHING, NONZERO = 1, 2
@@ -16,10 +22,15 @@ enabled = True
 
 def serves(device: torch.device) -> bool:
     """Whether the ops run on tensors of a device."""
-    return enabled and device.type == "cpu" and hasattr(torch.ops.fastattn, "mask_build")
+    return enabled and device.type == "cpu"
 
 
-def build(tree: Node, within: RangeLeaf | None, Sq: int, Sk: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def read(flags: Tensor, while_tracing: int) -> int:
+    """The flags of an op; `while_tracing` where torch.compile traces and nobody knows."""
+    return while_tracing if torch.compiler.is_compiling() else int(flags)
+
+
+def build(tree: Node, within: RangeLeaf | None, Sq: int, Sk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Offsets, blocks, tiles and flags of a tree; what `within` leaves empty is dropped. Sq and Sk are not 0."""
     tensors: list[Tensor] = []
 
@@ -33,10 +44,34 @@ def build(tree: Node, within: RangeLeaf | None, Sq: int, Sk: int) -> tuple[Tenso
     return torch.ops.fastattn.mask_build([int(n) for n in program], tensors, *tree.planes, Sq, Sk)
 
 
-def scan(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+def scan(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Offsets, blocks, tiles and flags of a bool or float tensor [B, H, Sq, Sk], none of them 0."""
     return torch.ops.fastattn.mask_scan(tensor)
 
 
 def transpose(offsets: Tensor, blocks: Tensor, n_k: int) -> tuple[Tensor, Tensor]:
+    """The lists from keys to rows."""
     return torch.ops.fastattn.mask_transpose(offsets, blocks, n_k)
+
+
+def _fake_lists(B: int, H: int, Sq: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    offsets = torch.empty(B, H, granules(Sq) + 1, dtype=torch.int32)
+    blocks = torch.empty(context.new_dynamic_size(), 2, dtype=torch.int32)
+    tiles = torch.empty(context.new_dynamic_size(), GRANULE, dtype=torch.int64)
+    return offsets, blocks, tiles, torch.empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("fastattn::mask_scan")
+def _(mask):
+    return _fake_lists(*mask.shape[:3])
+
+
+@torch.library.register_fake("fastattn::mask_build")
+def _(program, tensors, B, H, Sq, Sk):
+    return _fake_lists(B, H, Sq)
+
+
+@torch.library.register_fake("fastattn::mask_transpose")
+def _(offsets, blocks, n_k):
+    return offsets.new_empty(*offsets.shape[:2], n_k + 1), blocks.new_empty(blocks.shape)

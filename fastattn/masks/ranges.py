@@ -53,8 +53,10 @@ class Ranges:
 
     def planes(self) -> tuple[int, int]:
         """The batch and head extents the bounds vary over (1: they do not)."""
-        tensors = [t for t in (self.lo, self.hi) if isinstance(t, Tensor)]
-        return max((t.shape[0] for t in tensors), default=1), max((t.shape[1] for t in tensors), default=1)
+        (lo_b, lo_h), (hi_b, hi_h) = (
+            t.shape[:2] if isinstance(t, Tensor) else (1, 1) for t in (self.lo, self.hi)
+        )
+        return max(lo_b, hi_b), max(lo_h, hi_h)
 
     def to(self, device: torch.device) -> Ranges:
         """The same with its tensors on a device."""
@@ -151,14 +153,13 @@ def union(a: Ranges, b: Ranges, shape: Shape) -> Ranges | None:
         if one.band_hi is not None and one.band_hi <= -shape.Sq:
             return other
     if a.lo is a.hi is b.lo is b.hi is None:
-        starts = [x.band_lo for x in (a, b)]
-        ends = [x.band_hi for x in (a, b)]
-        gap = max((s for s in starts if s is not None), default=None)
-        meet = min((e for e in ends if e is not None), default=None)
-        if gap is None or meet is None or gap <= meet + 1:
-            return Ranges(
-                None if None in starts else min(starts), None if None in ends else max(ends)
-            ).trimmed(shape)
+        both = a & b
+        if both.band_lo is not None and both.band_hi is not None and both.band_lo > both.band_hi + 1:
+            return None  # there is a gap between them
+        lo = None if a.band_lo is None or b.band_lo is None else min(a.band_lo, b.band_lo)
+        hi = None if a.band_hi is None or b.band_hi is None else max(a.band_hi, b.band_hi)
+        return Ranges(lo, hi).trimmed(shape)
+    if torch.compiler.is_compiling():  # there are no values to compare
         return None
     rows = 1 if a.row_constant() and b.row_constant() else shape.Sq
     (a_lo, a_hi), (b_lo, b_hi) = a.rows(shape, 0, rows), b.rows(shape, 0, rows)

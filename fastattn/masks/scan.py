@@ -96,9 +96,10 @@ def scan_planes(
 def scan_tensor(tensor: Tensor, shape: Shape) -> Scan:
     """Scans a bool or float tensor [B or 1, H or 1, Sq, Sk] once; any strides."""
     if native.serves(tensor.device):
-        *bits, flags = native.scan(tensor)
-        everything, nonzero = bool(flags & native.EVERYTHING), bool(flags & native.NONZERO)
-        return Scan(None if everything else Bits(*bits), nonzero)
+        offsets, blocks, tiles, flags = native.scan(tensor)
+        flags = native.read(flags, while_tracing=native.NONZERO)
+        bits = None if flags & native.EVERYTHING else Bits(offsets, blocks, tiles)
+        return Scan(bits, bool(flags & native.NONZERO))
     finite = torch.zeros((), dtype=torch.bool, device=shape.device)
 
     def rows(b: int, h: int, first: int, last: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,22 @@ class Longformer(Mask):
         return Apart((window, keys, _rows(lambda s: self._is_global(s.Sq, s.device))))
 
 
+def _uniform(seed: int, size: tuple[int, ...], device: torch.device) -> Tensor:
+    """float64 in [0, 1) by seed and place alone, the same on every device: SplitMix64 (Steele et al. 2014)."""
+
+    def signed(x: int) -> int:
+        return (x + 2**63) % 2**64 - 2**63
+
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & (2 ** (64 - bits) - 1)
+
+    x = torch.arange(1, math.prod(size) + 1, device=device).view(size)
+    x = x * signed(0x9E3779B97F4A7C15) + signed(seed * 0xD1B54A32D192ED03)
+    x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
+    return shifted(x ^ shifted(x, 31), 11).double() * 2.0**-53
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class BigBird(Mask):
     """Window, global and random blocks (Zaheer et al. 2020, arXiv:2007.14062, the internal construction).
@@ -151,11 +168,10 @@ class BigBird(Mask):
         """The drawn K blocks, int64 [1, H or 1, row blocks, random]; where a row block has fewer blocks left
         than `random`, some repeat what it sees anyway."""
         rows, columns = -(-shape.Sq // self.block), -(-shape.Sk // self.block)
-        generator = torch.Generator().manual_seed(self.seed)
         heads = shape.H if self.per_head else 1
-        draws = torch.rand(heads, rows, self.random, generator=generator, dtype=torch.float64)
+        draws = _uniform(self.seed, (heads, rows, self.random), shape.device)
         # Seen already: the first `shown` blocks and [first, last); where they overlap the window loses.
-        a = torch.arange(rows)
+        a = torch.arange(rows, device=shape.device)
         shown = min(self.global_blocks, columns)
         first = (a - self.window // 2).clamp(shown, columns)
         last = (a + self.window // 2 + 1).clamp(shown, columns)
@@ -171,9 +187,9 @@ class BigBird(Mask):
             return torch.zeros(1, heads, rows, 0, dtype=torch.int64, device=shape.device)
         block = torch.stack(ranks, -1) + shown
         block = block + torch.where(block >= first.unsqueeze(-1), (last - first).unsqueeze(-1), 0)
-        # A draw past the blocks left means that all of them are drawn: the row sees everything, block 0 too.
-        block = torch.where(torch.arange(self.random) < left.unsqueeze(-1), block, 0)
-        return block.unsqueeze(0).to(shape.device)
+        # A draw past the blocks left means that all are drawn: the row sees everything, block 0 too.
+        drawn = torch.arange(self.random, device=shape.device) < left.unsqueeze(-1)
+        return torch.where(drawn, block, 0).unsqueeze(0)
 
     def _dense(self, i: Tensor, j: Tensor, shape: Shape) -> Tensor:
         a, b = i // self.block, j // self.block
@@ -381,6 +397,11 @@ class Predicate(Mask):
         b = torch.arange(shape.B, device=shape.device).view(-1, 1, 1, 1)
         h = torch.arange(shape.H, device=shape.device).view(1, -1, 1, 1)
         j = torch.arange(shape.Sk, device=shape.device).view(1, 1, 1, -1)
+        if torch.compiler.is_compiling():  # all at once: pieces would unroll in the graph
+            i = torch.arange(shape.Sq, device=shape.device).view(1, 1, -1, 1)
+            seen = self._call(b, h, i, j)
+            seen = seen.expand(*seen.shape[:2], shape.Sq, shape.Sk)
+            return CodeLeaf(*codes_of(scan_tensor(seen, shape).bits, shape), shape)
         # One row tells whether batch and head matter.
         extent = self._call(b, h, j.new_zeros(1, 1, 1, 1), j).shape if shape.Sq and shape.Sk else (1, 1)
         planes = (extent[0], extent[1])
