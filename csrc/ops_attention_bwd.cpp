@@ -183,9 +183,10 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   const int64_t rows = a.B * a.Hq * a.Sq, blocks = a.B * a.Hq * a.q_blocks();
   const bool needs_bias = needs[3] && bias, needs_slopes = needs[4] && alibi_slopes;
   const bool needs_sinks = needs[5] && sinks;
-  const Floats statistics = floats(2 * rows), sink_parts = floats(needs_sinks ? blocks : 0);
+  const Floats statistics = floats(3 * rows), sink_parts = floats(needs_sinks ? blocks : 0);
   const std::unique_ptr<QueryBlock[]> query_blocks(new QueryBlock[size_t(blocks)]);
-  a.exponent = statistics.get(), a.delta = a.exponent + rows, a.blocks = query_blocks.get();
+  a.exponent = statistics.get(), a.shift = a.exponent + rows, a.delta = a.shift + rows;
+  a.blocks = query_blocks.get();
   if (needs_sinks) a.dsinks = sink_parts.get();
 
   a.grads_fp32 = grads_fp32 || q.scalar_type() == ScalarType::Float;
@@ -207,6 +208,11 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
 
   const AttentionBwdTasks& tasks = kernels().attention_bwd[int(storage_of(q, "q"))];
   run_tasks(blocks, 0, [&](int64_t i, void* scratch) { tasks.rows(a, i, scratch); });
+  const auto extreme = [](const QueryBlock& block) { return block.extreme != 0; };
+  if (std::any_of(a.blocks, a.blocks + blocks, extreme)) {
+    run_tasks(blocks, tasks.scratch(a, false),
+              [&](int64_t i, void* scratch) { tasks.extremes(a, i, scratch); });
+  }
   run_gradients(&a, tasks);
 
   if (a.dbias_columns) {

@@ -346,6 +346,21 @@ def test_nan_under_a_bias_of_minus_infinity(isa):
         poisoned.copy_(kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_lowest_finite_bias(dtype):
+    """Nothing else is visible to them, so their weights are equal; an LSE of fp32 cannot say of how many."""
+    q, k, v, dout = inputs(1, 2, 1, 70, 130, 16, 16, dtype)
+    bias = torch.where(torch.rand(70, 130) < 0.5, 0.0, torch.finfo(torch.float32).min)
+    bias[:9] = torch.finfo(torch.float32).min
+    bias[3, 50:] = -math.inf
+    leaves = {"q": q, "k": k, "v": v, "bias": bias}
+    ours = gradients(fastattn.attention, leaves, dout)
+    exact = gradients(reference.attention, leaves, dout, dtype=torch.float64)
+    for name in "qkv":
+        verdict = error_rule(ours[name], exact[name])
+        assert verdict, verdict.reason
+
+
 # The call's surface: layouts of dout, sizes of 0, each input alone, chunks of many.
 
 

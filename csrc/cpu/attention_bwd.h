@@ -36,7 +36,8 @@ class BackwardRows {
                       e.all_lo,
                       e.all_hi,
                       rows_not_finite(q, a.q.row, count, a.D),
-                      rows_not_finite(dout, a.dout.row, count, a.Dv)};
+                      rows_not_finite(dout, a.dout.row, count, a.Dv),
+                      0};
 
     const Operand& g = a.dout_as_out;
     const Out* gradient = (const Out*)g.data + b * g.batch + h * g.head + first * g.row;
@@ -47,7 +48,7 @@ class BackwardRows {
     for (int r = 0; r < count; ++r, gradient += g.row, out += a.out_row) {
       const float lse = a.lse[at + r];
       if (lse == -__builtin_inff()) {
-        a.exponent[at + r] = __builtin_inff(), a.delta[at + r] = 0.f;
+        a.exponent[at + r] = __builtin_inff(), a.shift[at + r] = a.delta[at + r] = 0.f;
         continue;
       }
       float delta = dot(gradient, out, a.Dv), gate = 1.f, gated = lse;
@@ -63,7 +64,9 @@ class BackwardRows {
         if (gate < 7.9e-31f) gate = 7.9e-31f, gated = lse + 69.3f;
         delta -= a.dlse[at + r] / gate;
       }
-      a.exponent[at + r] = gated * unit, a.delta[at + r] = delta;
+      a.exponent[at + r] = gated * unit, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
+      // Beyond this an lse of fp32 is a sixteenth off and more.
+      if (__builtin_fabsf(gated) > 1e6f) a.blocks[task].extreme |= 1ull << r;
     }
     if (a.dsinks) a.dsinks[task] = float(dsink);
   }
@@ -108,6 +111,27 @@ class AttentionBackward {
       for (int64_t i = 0; i < a.batches; ++i) {
         f.store_rows(a.dq, b + i, h, 0, a.Sq, a.D, f.dq_ + i * round_up(a.Sq) * f.wide_, a.scale);
       }
+    }
+  }
+
+  // The probabilities of a row add up to 1, or to less where the call is one chunk of many. Where the lowest
+  // finite bias took the place of -inf, the lse has lost the logarithm of their number.
+  static void extremes(const AttentionBwdArgs& a, int64_t task, void* scratch) {
+    if (!a.blocks[task].extreme) return;
+    const int64_t n = a.q_blocks(), block = task % n, b = task / n / a.Hq, h = task / n % a.Hq;
+    const int64_t first = block * kGranule;
+    const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
+    AttentionBackward f(a, {false, false, false}, scratch, false);
+    double sums[kGranule] = {};
+    BlockMask mask(a, b, h, first, count);
+    BlockMask::Granule g;
+    while (mask.next(&g)) {
+      f.tile_.load_keys(b, h / (a.Hq / a.Hkv), g.key / kGranule);
+      f.tile_.add_extremes(b, h, block, g.tile, sums);
+    }
+    float* shift = a.shift + (b * a.Hq + h) * a.Sq + first;
+    for (int r = 0; r < count; ++r) {
+      if (sums[r] > 1.5) shift[r] = float(__builtin_log2(sums[r]));
     }
   }
 
@@ -351,6 +375,10 @@ void backward_rows(const AttentionBwdArgs& a, int64_t task, void*) {
   a.out_fp32 ? BackwardRows<T, float>::task(a, task) : BackwardRows<T, T>::task(a, task);
 }
 template <class T>
+void backward_extremes(const AttentionBwdArgs& a, int64_t task, void* scratch) {
+  with_backward<T>(a, [&](auto of) { decltype(of)::type::extremes(a, task, scratch); });
+}
+template <class T>
 void backward_heads(const AttentionBwdArgs& a, int64_t task, void* scratch) {
   with_backward<T>(a, [&](auto of) { decltype(of)::type::heads(a, task, scratch); });
 }
@@ -376,9 +404,9 @@ int64_t backward_scratch(const AttentionBwdArgs& a, bool heads) {
 }
 
 template <class T>
-constexpr AttentionBwdTasks kBackwardTasks = {backward_rows<T>,   backward_heads<T>, backward_queries<T>,
-                                              backward_keys<T>,   backward_bias<T>,  backward_slopes<T>,
-                                              backward_scratch<T>};
+constexpr AttentionBwdTasks kBackwardTasks = {backward_rows<T>,    backward_extremes<T>, backward_heads<T>,
+                                              backward_queries<T>, backward_keys<T>,     backward_bias<T>,
+                                              backward_slopes<T>,  backward_scratch<T>};
 
 }  // namespace
 }  // namespace fastattn

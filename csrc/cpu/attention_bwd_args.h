@@ -9,6 +9,7 @@ namespace fastattn {
 struct QueryBlock {
   int32_t seen_lo, seen_hi, all_lo, all_hi;  // by ranges: the keys any row sees, the keys every row sees
   uint64_t bad_q, bad_dout;                  // bit r: row r of q, of dout, holds a number that is not finite
+  uint64_t extreme;  // bit r: row r has an lse that fp32 cannot tell from its neighbours
 };
 
 // A gradient to write; columns are adjacent.
@@ -25,9 +26,9 @@ struct AttentionBwdArgs : AttentionArgs {
   const float* dlse;    // null: 0; contiguous [B, Hq, Sq]
 
   // Of the row pass, [B, Hq, Sq]: lse with the sink in it, in the units of has_score_terms' scores (natural)
-  // or else of log2, +inf for a row that sees nothing; and sum(dout * out) - dlse, what the softmax's
-  // derivative takes off.
-  float *exponent, *delta;
+  // or else of log2, +inf for a row that sees nothing; what is taken off exponents of 2 besides it, 0 but
+  // for extreme rows; and sum(dout * out) - dlse, what the softmax's derivative takes off.
+  float *exponent, *shift, *delta;
   QueryBlock* blocks;  // [B, Hq, q_blocks]
   float* dsinks;       // null: not asked for; [B, Hq, q_blocks], the sinks' gradient in parts
 
@@ -58,12 +59,13 @@ using AttentionBwdTask = void (*)(const AttentionBwdArgs&, int64_t task, void* s
 // work of `queries` and `keys` together, to the same bits, with one computation of the probabilities
 // instead of two; there are fewer and longer tasks of it.
 struct AttentionBwdTasks {
-  AttentionBwdTask rows;     // [B, Hq, q_blocks] tasks: exponent, delta, blocks
-  AttentionBwdTask heads;    // [B, Hkv]: dq, dk, dv
-  AttentionBwdTask queries;  // [B, Hq, q_blocks]: dq
-  AttentionBwdTask keys;     // [B, Hkv, k_blocks]: dk, dv
-  AttentionBwdTask bias;     // bias_tasks(): dbias
-  AttentionBwdTask slopes;   // [B, Hq]: dslopes
+  AttentionBwdTask rows;      // [B, Hq, q_blocks] tasks: exponent, shift, delta, blocks
+  AttentionBwdTask extremes;  // [B, Hq, q_blocks]: shift of the extreme rows, where there are any
+  AttentionBwdTask heads;     // [B, Hkv]: dq, dk, dv
+  AttentionBwdTask queries;   // [B, Hq, q_blocks]: dq
+  AttentionBwdTask keys;      // [B, Hkv, k_blocks]: dk, dv
+  AttentionBwdTask bias;      // bias_tasks(): dbias
+  AttentionBwdTask slopes;    // [B, Hq]: dslopes
   int64_t (*scratch)(const AttentionBwdArgs&, bool heads);  // bytes, for a task of `heads` or any other
 };
 

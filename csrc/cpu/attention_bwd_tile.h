@@ -145,39 +145,28 @@ class GradientTile {
   // any key.
   template <TileUse USE>
   bool compute(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile) {
-    const QueryBlock& block = a_.blocks[(b * a_.Hq + h) * a_.q_blocks() + q_block];
-    const KeyExtent extent{block.seen_lo, block.seen_hi, block.all_lo, block.all_hi};
-    if (extent.misses(key_, keys_)) return false;
-    const int64_t first = q_block * kGranule;
-    const int count = int(a_.Sq - first < kGranule ? a_.Sq - first : kGranule);
-    block_ = &block;
-    // Lanes past the last key must hold 0, so a ragged granule is a partial one.
-    bool masked = tile || keys_ < kGranule || !extent.covers(key_, keys_);
-    if (masked) {
-      const BlockMask mask(a_, b, h, first, count);
-      if (!mask.row_words({key_, keys_, true, tile}, words_)) return false;
-      segments_ = segments_of(words_, count, segment_);
-    } else {
-      for (uint64_t& word : words_) word = ~0ull;
-      segment_[0] = {0, count, 0, kVectors}, segments_ = 1;
-    }
-    rows_ = QueryRows(a_, b, h, first, count);
-    if (!packed_) pack_keys<USE>();
-    scores<USE>();
-    if (terms_) {
-      masked |=
-          !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_, segments_, scores_, cap_, words_);
-    }
+    if (!load_queries<USE>(b, h, q_block, tile)) return false;
     if (a_.dropout) dropout();
-    lse_ = a_.exponent + (b * a_.Hq + h) * a_.Sq + first;
-    delta_ = a_.delta + (b * a_.Hq + h) * a_.Sq + first;
-    if (masked) a_.dropout ? gradients<USE, true, true>() : gradients<USE, true, false>();
+    if (masked_) a_.dropout ? gradients<USE, true, true>() : gradients<USE, true, false>();
     else a_.dropout ? gradients<USE, false, true>() : gradients<USE, false, false>();
     if constexpr (USE != TileUse::kSums) {
-      Rows::clear_rows(block.bad_q, a_.D, q_rows_);
-      Rows::clear_rows(block.bad_dout, a_.Dv, dout_rows_);
+      Rows::clear_rows(block_->bad_q, a_.D, q_rows_);
+      Rows::clear_rows(block_->bad_dout, a_.Dv, dout_rows_);
     }
     return true;
+  }
+
+  // Adds the probabilities of the block's extreme rows, without dropout.
+  void add_extremes(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile, double* sums) {
+    if (!load_queries<TileUse::kSums>(b, h, q_block, tile)) return;
+    for (int r = 0; r < rows_.count; ++r) {
+      if (!(block_->extreme >> r & 1)) continue;
+      for (int j = 0; j < keys_; ++j) {
+        if (!seen(r, j)) continue;
+        const float s = scores_[r * kGranule + j];
+        sums[r] += __builtin_exp2f((s * factor_ - lse_[r]) * unit_);
+      }
+    }
   }
 
   const QueryRows& rows() const { return rows_; }
@@ -232,6 +221,36 @@ class GradientTile {
   }
 
  private:
+  // Masks and scores of a block of queries; false where no row sees any key.
+  template <TileUse USE>
+  bool load_queries(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile) {
+    const int64_t row = (b * a_.Hq + h) * a_.Sq + q_block * kGranule;
+    block_ = &a_.blocks[(b * a_.Hq + h) * a_.q_blocks() + q_block];
+    const KeyExtent extent{block_->seen_lo, block_->seen_hi, block_->all_lo, block_->all_hi};
+    if (extent.misses(key_, keys_)) return false;
+    const int64_t first = q_block * kGranule;
+    const int count = int(a_.Sq - first < kGranule ? a_.Sq - first : kGranule);
+    // Lanes past the last key must hold 0, so a ragged granule is a partial one.
+    masked_ = tile || keys_ < kGranule || !extent.covers(key_, keys_);
+    if (masked_) {
+      const BlockMask mask(a_, b, h, first, count);
+      if (!mask.row_words({key_, keys_, true, tile}, words_)) return false;
+      segments_ = segments_of(words_, count, segment_);
+    } else {
+      for (uint64_t& word : words_) word = ~0ull;
+      segment_[0] = {0, count, 0, kVectors}, segments_ = 1;
+    }
+    rows_ = QueryRows(a_, b, h, first, count);
+    lse_ = a_.exponent + row, shift_ = a_.shift + row, delta_ = a_.delta + row;
+    if (!packed_) pack_keys<USE>();
+    scores<USE>();
+    if (terms_) {
+      masked_ |=
+          !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_, segments_, scores_, cap_, words_);
+    }
+    return true;
+  }
+
   template <TileUse USE>
   void pack_keys() {
     packed_ = true;
@@ -280,17 +299,24 @@ class GradientTile {
     transpose_bits(keep_);
   }
 
+  // A row's statistics in every lane.
+  struct Row {
+    F32 lse, shift, delta;
+
+    Row(const GradientTile& t, int r)
+        : lse(splat(t.lse_[r])), shift(splat(t.shift_[r])), delta(splat(t.delta_[r])) {}
+  };
+
   template <TileUse USE, bool MASKED, bool DROPOUT>
   void gradients() {
     for (int s = 0; s < segments_; ++s) {
       const Segment seg = segment_[s];
       for (int r = seg.first; r < seg.last; r += kRows) {
         const bool both = kRows == 2 && r + 1 < seg.last;
-        const F32 lse0 = splat(lse_[r]), delta0 = splat(delta_[r]);
-        const F32 lse1 = splat(lse_[r + both]), delta1 = splat(delta_[r + both]);
+        const Row row0(*this, r), row1(*this, r + both);
         for (int c = seg.from; c < seg.to; ++c) {
-          F32 p0, p1 = zero(), ds1 = zero(), ds0 = element<USE, MASKED, DROPOUT>(r, c, lse0, delta0, &p0);
-          if (both) ds1 = element<USE, MASKED, DROPOUT>(r + 1, c, lse1, delta1, &p1);
+          F32 p0, p1 = zero(), ds1 = zero(), ds0 = element<USE, MASKED, DROPOUT>(r, c, row0, &p0);
+          if (both) ds1 = element<USE, MASKED, DROPOUT>(r + 1, c, row1, &p1);
           if constexpr (USE != TileUse::kSums) put(r, c, p0, p1, ds0, ds1);
         }
       }
@@ -299,11 +325,11 @@ class GradientTile {
 
   // dS of a lane vector, and P as it multiplies V.
   template <TileUse USE, bool MASKED, bool DROPOUT>
-  FASTATTN_INLINE F32 element(int r, int c, F32 lse, F32 delta, F32* p_kept) const {
+  FASTATTN_INLINE F32 element(int r, int c, const Row& row, F32* p_kept) const {
     const int64_t at = r * kGranule + c * kLanes;
     // In natural units where there are terms: the lowest finite bias must not overflow.
-    const F32 exponent = fms(load(scores_ + at), splat(factor_), lse) * splat(unit_);
-    F32 p = exp2<kExpDegree<T>>(exponent), dp = load(ds_ + at);
+    const F32 distance = fms(load(scores_ + at), splat(factor_), row.lse);
+    F32 p = exp2<kExpDegree<T>>(fms(distance, splat(unit_), row.shift)), dp = load(ds_ + at);
     if constexpr (MASKED) p = select(lanes(words_[r], c), p, zero());
     *p_kept = p;
     if constexpr (DROPOUT) {
@@ -311,7 +337,7 @@ class GradientTile {
       *p_kept = select(keep, p * splat(a_.dropout_scale), zero());
       dp = select(keep, dp * splat(a_.dropout_scale), zero());
     }
-    F32 ds = p * (dp - delta);
+    F32 ds = p * (dp - row.delta);
     if constexpr (MASKED) ds = select(lanes(words_[r], c), ds, zero());
     if constexpr (USE != TileUse::kProducts) {
       if (sum_tile_) store(sum_tile_ + at, load(sum_tile_ + at) + ds);
@@ -382,7 +408,8 @@ class GradientTile {
 
   QueryRows rows_;
   const QueryBlock* block_ = nullptr;
-  const float *lse_ = nullptr, *delta_ = nullptr;
+  const float *lse_ = nullptr, *shift_ = nullptr, *delta_ = nullptr;
+  bool masked_ = false;
   float *sum_tile_ = nullptr, *sum_columns_ = nullptr;
   int segments_ = 0;
   Segment segment_[4];
