@@ -65,7 +65,7 @@ class BackwardRows {
         delta -= a.dlse[at + r] / gate;
       }
       a.exponent[at + r] = gated * unit, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
-      // Beyond this an lse of fp32 is a sixteenth off and more.
+      // Beyond this fp32 holds an lse to a thirty-second and worse.
       if (__builtin_fabsf(gated) > 1e6f) a.blocks[task].extreme |= 1ull << r;
     }
     if (a.dsinks) a.dsinks[task] = float(dsink);
@@ -187,12 +187,13 @@ class AttentionBackward {
     AttentionBackward f(a, {false, false, false}, scratch, false);
     const int64_t b = task / a.Hq, h = task % a.Hq;
     double sum = 0;
+    clear(f.sum_, kGranule * kGranule);
+    f.tile_.sum_into(f.sum_, nullptr);
     for (int64_t n = 0; n < a.k_blocks(); ++n) {
-      for (int64_t m = 0; m < a.q_blocks(); ++m) {
+      f.template each<TileUse::kSums>(b, h, n, 0, a.q_blocks(), [&](int64_t) {
+        sum -= f.distances();
         clear(f.sum_, kGranule * kGranule);
-        f.tile_.sum_into(f.sum_, nullptr);
-        f.template each<TileUse::kSums>(b, h, n, m, m + 1, [&](int64_t) { sum -= f.distances(); });
-      }
+      });
     }
     a.dslopes[task] = float(sum);
   }
