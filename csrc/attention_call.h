@@ -1,6 +1,8 @@
 // From the tensors of attention_fwd and attention_bwd to the arguments of the CPU kernels.
 #pragma once
 
+#include <atomic>
+
 #include "bind.h"
 #include "cpu/attention_args.h"
 
@@ -74,6 +76,12 @@ inline void set_dropout(AttentionArgs* a, double p, const OptionalTensor& seed) 
   a->dropout_seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
 }
 
+// Spread over 64 bits, so that leftovers of other kernels in a scratch do not pass for one.
+inline uint64_t next_call() {
+  static std::atomic<uint64_t> calls{0};
+  return (calls.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15ull;
+}
+
 // Everything of the schema between v and out_fp32, in its order.
 struct AttentionOptions {
   double scale;
@@ -91,7 +99,8 @@ inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tens
   a.q = operand_of(q, "q"), a.k = operand_of(k, "k"), a.v = operand_of(v, "v");
   a.B = q.size(0), a.Hq = q.size(1), a.Sq = q.size(2), a.D = q.size(3);
   a.Hkv = k.size(1), a.Sk = k.size(2), a.Dv = v.size(3);
-  storage_of(q, "q");
+  a.storage = storage_of(q, "q");
+  a.call = next_call();
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "fastattn: q, k and v must have one dtype");
   STD_TORCH_CHECK(k.size(0) == a.B && v.size(0) == a.B && v.size(1) == a.Hkv && v.size(2) == a.Sk &&

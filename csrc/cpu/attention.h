@@ -146,6 +146,81 @@ struct PairedOperands {
 };
 #endif
 
+// The rows of a task.
+struct TaskRows {
+  int64_t b, h, first;
+  int count;
+
+  TaskRows(const AttentionArgs& a, int64_t task) {
+    // Late blocks first: under a causal mask they are the long ones.
+    const int64_t blocks = a.q_blocks(), head = task / blocks;
+    b = head / a.Hq, h = head % a.Hq, first = (blocks - 1 - task % blocks) * kGranule;
+    count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
+  }
+};
+
+// O^T times a factor a lane, transposed back and stored; false where a number of it is not finite.
+template <class Out>
+bool store_rows(const AttentionArgs& a, int count, const float* o, const float* factors, Out* out) {
+  F32 check = zero();
+  for (int c = 0; c * kLanes < count; ++c) {
+    const F32 factor = load(factors + c * kLanes);
+    const int lanes = count - c * kLanes < kLanes ? count - c * kLanes : kLanes;
+    int64_t d = 0;
+#ifdef FASTATTN_HAS_DOT2
+    if constexpr (__is_same(Out, BFloat16)) {
+      // Rounded to pairs first, which halves what there is to transpose.
+      for (; d + 2 * kLanes <= a.Dv; d += 2 * kLanes) {
+        F32 r[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const float* at = o + (d + 2 * i) * kGranule + c * kLanes;
+          const F32 x = load(at) * factor, y = load(at + kGranule) * factor;
+          check = fma(y, zero(), fma(x, zero(), check));
+          r[i] = float_of(pack_pairs(x, y));
+        }
+        transpose(r);
+        for (int i = 0; i < lanes; ++i) store((float*)(out + (c * kLanes + i) * a.out_row + d), r[i]);
+      }
+    }
+#endif
+    for (; d < a.Dv; d += kLanes) {
+      F32 r[kLanes];
+      const int64_t n = a.Dv - d < kLanes ? a.Dv - d : kLanes;
+      for (int i = 0; i < kLanes; ++i) {
+        r[i] = i < n ? load(o + (d + i) * kGranule + c * kLanes) * factor : zero();
+        check = fma(r[i], zero(), check);
+      }
+      transpose(r);
+      for (int i = 0; i < lanes; ++i) store_n(out + (c * kLanes + i) * a.out_row + d, r[i], n);
+    }
+  }
+  return !any(is_nan(check));
+}
+
+// Writes out and lse from O^T and each row's maximum and sum, as the softmax left them; false where out is
+// not finite.
+template <class T>
+bool finish_rows(const AttentionArgs& a, const QueryRows& rows, const float* o, const float* max,
+                 const float* sum) {
+  alignas(64) float inverse[kGranule], lse[kGranule];
+  const bool terms = has_score_terms(a);
+  for (int c = 0; c * kLanes < rows.count; ++c) {
+    const F32 s = load(sum + c * kLanes), top = load(max + c * kLanes);
+    store(lse + c * kLanes, terms ? NaturalScores::lse(top, s) : FoldedScale::lse(top, s));
+    store(inverse + c * kLanes, select(s > zero(), splat(1.f) / s, s));
+  }
+  if (a.sinks) {
+    for (int r = 0; r < rows.count; ++r) {
+      inverse[r] *= 1.f / (1.f + __builtin_expf(a.sinks[rows.h] - lse[r]));
+      if (sum[r] == 0.f) inverse[r] = 0.f;
+    }
+  }
+  if (a.lse) memcpy(a.lse + (rows.b * a.Hq + rows.h) * a.Sq + rows.first, lse, rows.count * 4);
+  const int64_t offset = rows.b * a.out_batch + rows.h * a.out_head + rows.first * a.out_row;
+  return a.out_fp32 ? store_rows(a, rows.count, o, inverse, (float*)a.out + offset)
+                    : store_rows(a, rows.count, o, inverse, (T*)a.out + offset);
+}
+
 template <class T, class Operands>
 class AttentionForward {
   using Product = typename Operands::Product;
@@ -154,13 +229,10 @@ class AttentionForward {
  public:
   // False where the result is not finite although rows hide keys: compute again on the exact path.
   static bool run(const AttentionArgs& a, int64_t task, void* scratch, bool exact) {
-    // Late blocks first: under a causal mask they are the long ones.
-    const int64_t blocks = a.q_blocks(), block = blocks - 1 - task % blocks, head = task / blocks;
-    const int64_t b = head / a.Hq, h = head % a.Hq, first = block * kGranule;
-    const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
-    AttentionForward f{a, AttentionBuffers(a, scratch), QueryRows(a, b, h, first, count), exact};
+    const TaskRows t(a, task);
+    AttentionForward f{a, AttentionBuffers(a, scratch), QueryRows(a, t.b, t.h, t.first, t.count), exact};
     f.start();
-    BlockMask mask(a, b, h, first, count);
+    BlockMask mask(a, t.b, t.h, t.first, t.count);
     BlockMask::Granule g;
     while (mask.next(&g)) {
       if (g.partial) {
@@ -173,7 +245,8 @@ class AttentionForward {
       }
       f.granule(g);
     }
-    return f.finish() || !(f.hides_keys_ || a.bias) || exact;
+    const bool finite = finish_rows<T>(a, f.rows_, f.buf_.out, f.buf_.max, f.buf_.sum);
+    return finite || !(f.hides_keys_ || a.bias) || exact;
   }
 
  private:
@@ -202,7 +275,7 @@ class AttentionForward {
 
   void granule(BlockMask::Granule g) {
     scores(g);
-    if (terms_) apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms);
+    if (terms_) apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms, 0, vectors_);
     if (exact_ && a_.bias) hide_by_bias(&g);
     if (a_.dropout) dropout_words(a_, rows_, g.key, g.keys, keep_);
     terms_ ? softmax<NaturalScores>(g.partial) : softmax<FoldedScale>(g.partial);
@@ -379,50 +452,6 @@ class AttentionForward {
     return from_bits(j % 2 ? pair & 0xffff0000u : pair << 16);
   }
 
-  // Normalises, transposes back and stores; false where a number of the output is not finite.
-  bool finish() {
-    alignas(64) float inverse[kGranule];
-    for (int c = 0; c < vectors_; ++c) {
-      const F32 sum = load(buf_.sum + c * kLanes), top = load(buf_.max + c * kLanes);
-      const F32 lse = terms_ ? NaturalScores::lse(top, sum) : FoldedScale::lse(top, sum);
-      store(buf_.max + c * kLanes, lse);
-      store(inverse + c * kLanes, select(sum > zero(), splat(1.f) / sum, sum));
-    }
-    if (a_.sinks) {
-      for (int r = 0; r < rows_.count; ++r) {
-        inverse[r] *= 1.f / (1.f + __builtin_expf(a_.sinks[rows_.h] - buf_.max[r]));
-        if (buf_.sum[r] == 0.f) inverse[r] = 0.f;
-      }
-    }
-    if (a_.lse) {
-      float* lse = a_.lse + (rows_.b * a_.Hq + rows_.h) * a_.Sq + rows_.first;
-      for (int r = 0; r < rows_.count; ++r) lse[r] = buf_.max[r];
-    }
-    const int64_t offset = rows_.b * a_.out_batch + rows_.h * a_.out_head + rows_.first * a_.out_row;
-    return a_.out_fp32 ? store_rows((float*)a_.out + offset, inverse)
-                       : store_rows((T*)a_.out + offset, inverse);
-  }
-
-  template <class Out>
-  bool store_rows(Out* out, const float* inverse) {
-    F32 check = zero();
-    for (int c = 0; c < vectors_; ++c) {
-      const F32 factor = load(inverse + c * kLanes);
-      const int lanes = rows_.count - c * kLanes < kLanes ? rows_.count - c * kLanes : kLanes;
-      for (int64_t d = 0; d < a_.Dv; d += kLanes) {
-        F32 r[kLanes];
-        const int64_t n = a_.Dv - d < kLanes ? a_.Dv - d : kLanes;
-        for (int i = 0; i < kLanes; ++i) {
-          r[i] = i < n ? load(buf_.out + (d + i) * kGranule + c * kLanes) * factor : zero();
-          check = fma(r[i], zero(), check);
-        }
-        transpose(r);
-        for (int i = 0; i < lanes; ++i) store_n(out + (c * kLanes + i) * a_.out_row + d, r[i], n);
-      }
-    }
-    return !any(is_nan(check));
-  }
-
   const AttentionArgs& a_;
   AttentionBuffers buf_;
   const QueryRows rows_;
@@ -448,7 +477,7 @@ template <class T>
 void attention_task(const AttentionArgs& a, int64_t task, void* scratch) {
   run_attention<T, WidenedOperands<T>>(a, task, scratch);
 }
-#ifdef FASTATTN_HAS_DOT2
+#if defined(FASTATTN_HAS_DOT2) && !defined(FASTATTN_HAS_TILES)
 template <>
 void attention_task<BFloat16>(const AttentionArgs& a, int64_t task, void* scratch) {
   if (a.D % 2 == 0) {

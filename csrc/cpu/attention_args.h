@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "simd/types.h"
+
 namespace fastattn {
 
 constexpr int kGranule = 64;  // rows of a task, keys of a block, side of a bit tile
@@ -15,6 +17,8 @@ struct Operand {
 };
 
 struct AttentionArgs {
+  uint64_t call;  // differs from call to call: what a thread's scratch keeps from task to task carries it
+  Storage storage;
   int64_t B, Hq, Hkv, Sq, Sk, D, Dv;
   Operand q, k, v;
   void* out;  // strides below; q's storage, or fp32

@@ -36,18 +36,19 @@ inline bool has_score_terms(const AttentionArgs& a) {
 
 FASTATTN_INLINE Mask hidden_by(F32 bias) { return splat(-3.402823466e38f) > bias; }
 
-// terms[key][lane] = bias(row = lane, key), whichever way the tensor lies.
+// terms[key][lane] = bias(row = lane, key), whichever way the tensor lies, for lane vectors [from, to).
 template <class T>
-void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* terms) {
+void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* terms, int from,
+                 int to) {
   const T* bias = (const T*)a.bias + rows.b * a.bias_batch + rows.h * a.bias_head + rows.first * a.bias_row +
                   key * a.bias_key;
   if (a.bias_row == 0) {
     for (int j = 0; j < keys; ++j) {
       const F32 x = splat(as_float(bias[j * a.bias_key]));
-      for (int c = 0; c < kVectors; ++c) store(terms + j * kGranule + c * kLanes, x);
+      for (int c = from; c < to; ++c) store(terms + j * kGranule + c * kLanes, x);
     }
   } else if (a.bias_key == 1) {
-    for (int c = 0; c < kVectors && c * kLanes < rows.count; ++c) {
+    for (int c = from; c < to; ++c) {
       for (int j = 0; j < keys; j += kLanes) {
         F32 r[kLanes];
         for (int i = 0; i < kLanes; ++i) {
@@ -60,27 +61,27 @@ void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int
     }
   } else {
     for (int j = 0; j < keys; ++j) {
-      for (int r = 0; r < rows.count; ++r) {
+      for (int r = from * kLanes; r < to * kLanes && r < rows.count; ++r) {
         terms[j * kGranule + r] = as_float(bias[r * a.bias_row + j * a.bias_key]);
       }
     }
   }
 }
 
-// scores: raw q.k in, natural units out. `terms` is a block of scratch of the same shape.
+// scores: raw q.k in, natural units out, in lane vectors [from, to). `terms` is scratch of the same shape.
 template <class T>
 void apply_score_terms(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* scores,
-                       float* terms) {
+                       float* terms, int from, int to) {
   if (a.bias) {
-    a.bias_fp32 ? gather_bias<float>(a, rows, key, keys, terms) : gather_bias<T>(a, rows, key, keys, terms);
+    a.bias_fp32 ? gather_bias<float>(a, rows, key, keys, terms, from, to)
+                : gather_bias<T>(a, rows, key, keys, terms, from, to);
   }
   const F32 scale = splat(a.scale), cap = splat(a.softcap), inverse_cap = splat(1.f / a.softcap);
   const F32 slope =
       splat(a.alibi_slopes ? a.alibi_slopes[rows.b * a.alibi_batch + rows.h * a.alibi_head] : 0.f);
-  const int vectors = (rows.count + kLanes - 1) / kLanes;
   for (int j = 0; j < keys; ++j) {
     const I32 k_pos = splat_int(a.alibi_slopes ? key_position(a, rows.b, key + j) : 0);
-    for (int c = 0; c < vectors; ++c) {
+    for (int c = from; c < to; ++c) {
       float* at = scores + j * kGranule + c * kLanes;
       F32 s = load(at) * scale;
       if (a.softcap != 0.f) s = cap * tanh(s * inverse_cap);
