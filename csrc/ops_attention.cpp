@@ -63,7 +63,10 @@ void run(AttentionArgs& a, const Tensor& out, Storage storage) {
     return run_decode(a, table, int(storage));
   }
   const AttentionTask task = table.attention[int(storage)];
-  run_tasks(a.tasks(), table.attention_scratch(a), [&](int64_t i, void* scratch) { task(a, i, scratch); });
+  const int64_t together = table.keeps_heads && a.Hkv > 0 ? a.q_blocks() * (a.Hq / a.Hkv) : 1;
+  run_tasks(
+      a.tasks(), table.attention_scratch(a), [&](int64_t i, void* scratch) { task(a, i, scratch); },
+      together);
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale,

@@ -52,8 +52,9 @@ inline std::atomic<int64_t>& task_order_seed() {
   return seed;
 }
 
+// `together`: so many tasks in a row find in a thread's scratch what the first of them left there.
 template <class Task>
-void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
+void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task, int64_t together = 1) {
   const int64_t seed = task_order_seed().load(std::memory_order_relaxed);
   int64_t step = 1;
   if (seed != 0 && tasks > 1) {
@@ -70,7 +71,8 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
     return;
   }
   // Threads take short runs of tasks as they get free: tasks differ in what they see.
-  const int64_t run_length = std::clamp<int64_t>(tasks / (threads * 16), 1, 16);
+  const int64_t run_length = together > 1 ? std::clamp<int64_t>(tasks / (threads * 4), 1, together)
+                                          : std::clamp<int64_t>(tasks / (threads * 16), 1, 16);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {

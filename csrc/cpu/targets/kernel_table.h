@@ -15,6 +15,7 @@ struct KernelTable {
   // Indexed by Storage.
   AttentionTask attention[3];
   AttentionScratch attention_scratch;
+  bool keeps_heads;  // attention packs keys and values: a thread does well to stay with a head
   AttentionBwdTasks attention_bwd[3];
   AttentionTask decode[3], decode_merge[3];
   AttentionScratch decode_scratch;

@@ -50,20 +50,25 @@ std::vector<CpuFeature> cpu_features() {
 
 std::vector<Isa> known_isas() {
   const std::vector<CpuFeature> features = cpu_features();
-  const auto isa = [&](const char* name, std::vector<std::string> needs) {
+  const auto isa = [&](const char* name, std::vector<std::string> needs, bool automatic = true) {
     std::string missing;
     for (const std::string& need : needs) {
       bool present = false;
       for (const CpuFeature& f : features) present |= need == f.name && f.present;
       if (!present) missing += (missing.empty() ? "" : ", ") + need;
     }
-    return Isa{name, missing.empty(), missing};
+    return Isa{name, missing.empty(), automatic, missing};
   };
   std::vector<Isa> isas = {isa("scalar", {})};
 #if defined(__x86_64__)
   isas.push_back(isa("avx2", {"avx2", "fma", "f16c"}));
-  isas.push_back(isa("avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}));
-  isas.push_back(isa("avx512_bf16", {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"}));
+  std::vector<std::string> needs = {"avx512f", "avx512bw", "avx512vl", "avx512dq"};
+  isas.push_back(isa("avx512", needs));
+  needs.push_back("avx512bf16");
+  isas.push_back(isa("amx_emulated", needs, false));  // for tests
+  isas.push_back(isa("avx512_bf16", needs));
+  needs.push_back("amx");
+  isas.push_back(isa("amx", needs));
 #elif defined(__aarch64__)
   isas.push_back(isa("neon", {"neon"}));
 #endif
@@ -94,6 +99,7 @@ std::string select_isa(std::string* reason) {
   }
   std::string best, better;
   for (const Isa& isa : known_isas()) {
+    if (!isa.automatic) continue;
     if (isa.supported) {
       best = isa.name, better.clear();
     } else {

@@ -14,6 +14,7 @@ struct CpuFeature {
 struct Isa {
   const char* name;
   bool supported;       // by this machine and this build
+  bool automatic;       // false: runs only where it is asked for by name
   std::string missing;  // what it would need
 };
 
@@ -22,8 +23,8 @@ std::vector<CpuFeature> cpu_features();
 // Every instruction set of this build, from the plainest to the best.
 std::vector<Isa> known_isas();
 
-// The best supported one, or the one that FASTATTN_ISA names. Throws std::runtime_error where that is unknown
-// or not supported; the message lists what is.
+// The best supported one that may be chosen by itself, or the one that FASTATTN_ISA names. Throws
+// std::runtime_error where that is unknown or not supported; the message lists what is.
 std::string select_isa(std::string* reason = nullptr);
 void check_isa(const std::string& name);
 

@@ -9,9 +9,9 @@ namespace fastattn {
 
 extern const KernelTable scalar_kernels;
 #if defined(__x86_64__)
-extern const KernelTable avx2_kernels, avx512_kernels, avx512_bf16_kernels;
-static const KernelTable* const tables[] = {&scalar_kernels, &avx2_kernels, &avx512_kernels,
-                                            &avx512_bf16_kernels};
+extern const KernelTable avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels, amx_emulated_kernels;
+static const KernelTable* const tables[] = {&scalar_kernels,      &avx2_kernels, &avx512_kernels,
+                                            &avx512_bf16_kernels, &amx_kernels,  &amx_emulated_kernels};
 #elif defined(__aarch64__)
 extern const KernelTable neon_kernels;
 static const KernelTable* const tables[] = {&scalar_kernels, &neon_kernels};
