@@ -19,6 +19,7 @@ from fastattn.masks import (
     Fixed,
     KeyPadding,
     Longformer,
+    Not,
     Predicate,
     PrefixLM,
     SlidingWindow,
@@ -428,7 +429,7 @@ def test_the_op_checks_its_program(program, message):
 
 COMPILED = {
     "big bird": lambda q, k, v: attention(q, k, v, mask=BigBird(16, per_head=True)),
-    "algebra": lambda q, k, v: attention(q, k, v, mask=~Documents([0, 50, 130]) & Strided(10) | Causal()),
+    "algebra": lambda q, k, v: attention(q, k, v, mask=Not(Documents([0, 50, 130])) & Strided(10) | Causal()),
     "predicate": lambda q, k, v: attention(q, k, v, mask=Predicate(lambda b, h, i, j: (i + j) % 3 == 0)),
     "lengths": lambda q, k, v: attention(q, k, v, mask=KeyPadding((q[:, 0, 0, 0] * 0 + 70).int()) & Causal()),
     "bool": lambda q, k, v: attention(q, k, v, mask=q[..., :1].detach() + k[:, :1, :, 0].unsqueeze(2) > 0),

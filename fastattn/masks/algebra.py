@@ -107,6 +107,7 @@ class Mask:
         return _join(Or, self, other)
 
     def __invert__(self) -> Mask:
+        # Dynamo traces no `~` of a user's object: a mask made inside a compiled function is spelt `Not(mask)`.
         return self.mask if isinstance(self, Not) else Not(self)
 
     def __repr__(self) -> str:
