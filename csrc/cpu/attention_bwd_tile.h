@@ -343,7 +343,10 @@ class GradientTile {
       if (sum_tile_) store(sum_tile_ + at, load(sum_tile_ + at) + ds);
       if (sum_columns_) store(sum_columns_ + c * kLanes, load(sum_columns_ + c * kLanes) + ds);
     }
-    if (USE != TileUse::kSums && a_.softcap != 0.f) ds = ds * load(cap_ + at);
+    if (USE != TileUse::kSums && a_.softcap != 0.f) {
+      ds = ds * load(cap_ + at);
+      if constexpr (MASKED) ds = select(lanes(words_[r], c), ds, zero());  // 0 * the slope at a hidden NaN
+    }
     return ds;
   }
 
