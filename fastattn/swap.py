@@ -13,7 +13,6 @@ transformers' models are switched by their own attention interface, see `fastatt
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -22,8 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from . import rows
+from .dispatch import ROW_KERNELS, choose
 from .problem import DTYPES, name_of
 from .recognise import Norm, is_candidate, recognise
+from .row_problem import norm_problem
 from .swap_report import Entry, SwapReport
 
 
@@ -41,23 +43,17 @@ class StandIn:
 
 class _LayerNorm(StandIn):
     def forward(self, input: Tensor) -> Tensor:
-        from .rows import layer_norm
-
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return rows.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class _RMSNorm(StandIn):
     def forward(self, input: Tensor) -> Tensor:
-        from .rows import rms_norm
-
-        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
+        return rows.rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
 
 class _Softmax(StandIn):
     def forward(self, input: Tensor) -> Tensor:
-        from .rows import softmax
-
-        return softmax(input, self.dim)
+        return rows.softmax(input, self.dim)
 
 
 class _RecognisedNorm(StandIn):
@@ -66,8 +62,6 @@ class _RecognisedNorm(StandIn):
     norm: Norm
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        from . import rows
-
         norm = self.norm
         (x,) = (*inputs, *named.values())
         weight = getattr(self, "weight", None)
@@ -122,13 +116,11 @@ class Replacement:
     """What stands in for a class of torch.
 
     base: a StandIn, or a subclass of the class with the same attributes; None where this version has none.
-    part: the part of fastattn it needs. objection: why an instance is not replaced. aside: what else the report
-    says of an instance that is left.
+    objection: why an instance is not replaced. aside: what else the report says of an instance that is left.
     """
 
     original: type[nn.Module]
     base: type | None
-    part: str
     objection: Callable[[nn.Module], str | None] = _no_objection
     aside: str = ""
 
@@ -137,32 +129,37 @@ class Replacement:
 _FUSED = "; its fused path, in evaluation, passes by replaced norms"
 
 REPLACEMENTS = (
-    Replacement(nn.LayerNorm, _LayerNorm, "fastattn.rows"),
-    Replacement(nn.RMSNorm, _RMSNorm, "fastattn.rows"),
-    Replacement(nn.Softmax, _Softmax, "fastattn.rows", _needs_dim),
-    Replacement(nn.MultiheadAttention, None, "fastattn.nn"),
-    Replacement(nn.TransformerEncoderLayer, None, "fastattn.nn", aside=_FUSED),
-    Replacement(nn.TransformerDecoderLayer, None, "fastattn.nn"),
-    Replacement(nn.TransformerEncoder, None, "fastattn.nn"),
-    Replacement(nn.TransformerDecoder, None, "fastattn.nn"),
-    Replacement(nn.Transformer, None, "fastattn.nn"),
+    Replacement(nn.LayerNorm, _LayerNorm),
+    Replacement(nn.RMSNorm, _RMSNorm),
+    Replacement(nn.Softmax, _Softmax, _needs_dim),
+    Replacement(nn.MultiheadAttention, None),
+    Replacement(nn.TransformerEncoderLayer, None, aside=_FUSED),
+    Replacement(nn.TransformerDecoderLayer, None),
+    Replacement(nn.TransformerEncoder, None),
+    Replacement(nn.TransformerDecoder, None),
+    Replacement(nn.Transformer, None),
 )
 
 
 @functools.cache
-def _missing(part: str) -> str | None:
-    try:
-        found = importlib.util.find_spec(part)
-    except ImportError:
-        found = None
-    return None if found else f"no {part} module in this version"
+def _no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the row kernels would not run there; torch's own are left then, not replaced by the reference."""
+    with torch.no_grad():
+        x = torch.empty(1, 16, dtype=dtype, device=device)
+        choice = choose(norm_problem("rms_norm", x, (16,)), ROW_KERNELS)
+    if choice.kernel.name != "reference":
+        return None
+    return "no kernel: " + "; ".join(f"{name}: {reason}" for name, reason in choice.refusals)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def objection(module: nn.Module) -> str | None:
-    """Why an instance is left as it is whatever its class; None where nothing speaks against replacing it."""
+def objection(module: nn.Module, device: torch.device) -> str | None:
+    """Why an instance is left as it is whatever its class; None where nothing speaks against replacing it.
+
+    device: where it runs.
+    """
     if "forward" in vars(module):
         return "its forward is replaced on the instance"
     if hasattr(module, "parametrizations"):
@@ -177,20 +174,26 @@ def objection(module: nn.Module) -> str | None:
             return f"{name} is quantised ({name_of(p.dtype)})"
         if p.dtype not in DTYPES:
             return f"{name} is {name_of(p.dtype)}, which no kernel takes"
-    return None
+    dtypes = {p.dtype for p in module.parameters(recurse=False)} or {torch.float32}
+    return next((reason for d in dtypes if (reason := _no_kernel(device, d)) is not None), None)
 
 
-def _torch_module(path: str, module: nn.Module) -> tuple[Entry, type | None] | None:
-    """The entry and the new class of an instance of torch's classes, None for any other module."""
+# A module's entry and, where it is to be replaced, its new class; None for a module of no interest.
+_Found = tuple[Entry, type | None] | None
+
+
+def _torch_module(path: str, module: nn.Module, device: torch.device) -> _Found:
+    """An instance of one of torch's classes."""
     for r in REPLACEMENTS:
         if not isinstance(module, r.original):
             continue
         entry = Entry(path, type(module).__name__)
         if type(module).forward is not r.original.forward:
             return replace(entry, reason="a subclass with its own forward"), None
-        reason = _missing(r.part) or objection(module) or r.objection(module)
-        if reason is None and r.base is None:
-            reason = f"{r.part} has no {r.original.__name__}"
+        if r.base is None:
+            reason = "no fastattn.nn module in this version"
+        else:
+            reason = objection(module, device) or r.objection(module)
         if reason is not None:
             return replace(entry, reason=reason + r.aside), None
         made = _class_for(type(module), r.base, ())
@@ -198,12 +201,14 @@ def _torch_module(path: str, module: nn.Module) -> tuple[Entry, type | None] | N
     return None
 
 
-def _recognised_module(path: str, module: nn.Module, known: dict) -> tuple[Entry, type | None] | None:
+def _recognised_module(
+    path: str, module: nn.Module, device: torch.device, known: dict
+) -> tuple[Entry, type | None] | None:
     """The same for a norm of another library; `known` keeps what equal instances were found to be."""
     if not is_candidate(module):
         return None
     entry = Entry(path, type(module).__name__)
-    reason = objection(module) or _missing("fastattn.rows")
+    reason = objection(module, device)
     if reason is None:
         simple = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
         simple.pop("training", None)
@@ -260,11 +265,14 @@ def plan(model: nn.Module, device: str | None = None) -> tuple[tuple[Entry, ...]
     entries: list[Entry] = []
     classes: list[tuple[nn.Module, type]] = []
     known: dict = {}
+    first = next(model.parameters(), None)
+    fallback = torch.device(device or ("cpu" if first is None or first.is_meta else first.device))
     for path, module in model.named_modules():
         if isinstance(module, StandIn):
             entries.append(Entry(path, type(module).original.__name__, type(module).__name__, already=True))
             continue
-        found = _torch_module(path, module) or _recognised_module(path, module, known)
+        own = next((p.device for p in module.parameters(recurse=False) if not p.is_meta), fallback)
+        found = _torch_module(path, module, own) or _recognised_module(path, module, own, known)
         if found is None:
             continue
         entry, made = found

@@ -77,6 +77,14 @@ def test_saved_and_loaded_again(tmp_path):
     torch.testing.assert_close(logits(other), logits(model))
 
 
+def test_generates_with_a_cache_and_trains():
+    model = mha_to_gqa(llama(), 2)
+    ids = torch.randint(0, 99, (1, 5))
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 8)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_single_module_leaves_the_config():
     model = llama()
     mha_to_gqa(model.model.layers[0].self_attn, 2)

@@ -154,6 +154,25 @@ def test_an_error_inside_takes_the_patch_away():
         raise KeyError
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_recompute_within_is_ours(reentrant):
+    q, k, v = (t.requires_grad_() for t in qkv())
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    attend(q, k, v).sum().backward()
+    expected = [t.grad.clone() for t in (q, k, v)]
+    for t in (q, k, v):
+        t.grad = None
+    with fastattn.sdpa_patch() as patch:
+        out = torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=reentrant)
+        out.sum().backward()
+    assert patch.calls == 2
+    for t, e in zip((q, k, v), expected):
+        torch.testing.assert_close(t.grad, e)
+
+
 def test_compiled_code_follows():
     graphs = []
 

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import copy
-import importlib.machinery
-import importlib.util
+import importlib
 import io
 import json
 import pickle
 import re
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 from torch import nn
 
 import fastattn
-from fastattn import reference
+from fastattn import rows
 from fastattn.recognise import Norm, is_candidate, recognise
 from fastattn.tools import cli
 
 swapping = importlib.import_module("fastattn.swap")  # fastattn.swap is the function
-
-
-@pytest.fixture(autouse=True, scope="module")
-def rows():
-    """Stands in for fastattn.rows where it is not there yet."""
-    if importlib.util.find_spec("fastattn.rows") is None:
-        module = types.ModuleType("fastattn.rows")
-        module.__spec__ = importlib.machinery.ModuleSpec("fastattn.rows", None)
-        for name in ("softmax", "layer_norm", "rms_norm"):
-            setattr(module, name, getattr(reference, name))
-        sys.modules["fastattn.rows"] = fastattn.rows = module
-        swapping._missing.cache_clear()
 
 
 class LlamaRMSNorm(nn.Module):
@@ -205,25 +191,19 @@ def test_the_kernels_run(model, monkeypatch):
     called = []
 
     def watch(name):
-        function = getattr(swap_rows(), name)
+        function = getattr(rows, name)
 
         def watched(*arguments, **keywords):
             called.append(name)
             return function(*arguments, **keywords)
 
-        monkeypatch.setattr(swap_rows(), name, watched)
+        monkeypatch.setattr(rows, name, watched)
 
     for name in ("layer_norm", "rms_norm", "softmax"):
         watch(name)
     fastattn.swap(model)
     model(torch.randn(3, 32))
     assert called == ["layer_norm", "rms_norm", "rms_norm", "rms_norm", "layer_norm"] * 2 + ["softmax"]
-
-
-def swap_rows():
-    from fastattn import rows
-
-    return rows
 
 
 def test_dry_run_changes_nothing(model):
@@ -433,3 +413,8 @@ def test_the_command_as_a_user_runs_it():
     line = [sys.executable, "-m", "fastattn", "swap", "torch.nn:Transformer", "--report"]
     made = subprocess.run(line, capture_output=True, text=True)
     assert made.returncode == 0 and "encoder.layers.* (6)" in made.stdout
+
+
+def test_float64_is_left_to_torch(model):
+    report = fastattn.swap(model.double())
+    assert all("float64" in e.reason for e in report.entries if e.path not in ("odd", "weights"))

@@ -69,6 +69,10 @@ def build(name: str) -> nn.Module:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    try:
+        torch.empty(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {arguments.device} is not here: {error}") from error
     entries, _, _ = plan(build(arguments.model), arguments.device)
     if arguments.json:
         print(json.dumps([asdict(entry) for entry in entries], indent=1))
