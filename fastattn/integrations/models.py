@@ -89,9 +89,10 @@ class Group:
 
 @dataclass
 class Switch:
-    """A model to switch, and the configs in it that are to stay as they are."""
+    """A model to switch: the configs in it to change, and those that are to stay as they are."""
 
     model: nn.Module
+    wanted: list
     refused: list
     before: list = field(default_factory=list)
 
@@ -99,7 +100,8 @@ class Switch:
         from transformers.utils import logging
 
         interface.register()
-        configs = {id(c): c for m in _owners(self.model) for c in _nested(m.config)}
+        configs = {id(c): c for c in self.wanted}
+        configs |= {id(c): c for m in _owners(self.model) for c in _nested(m.config)}
         self.before = [(c, c._attn_implementation) for c in configs.values()]
         level = logging.get_verbosity()
         logging.set_verbosity_error()  # what it would warn of is in the report
@@ -107,6 +109,10 @@ class Switch:
             self.model.set_attn_implementation(interface.NAME)
         finally:
             logging.set_verbosity(level)
+        for config in (
+            self.wanted
+        ):  # transformers 5.17 passes by those of their parent's class, as T5's two stacks have
+            _set(config, interface.NAME)
         for config, old in self.before:
             if any(config is refused for refused in self.refused):
                 _set(config, old)
@@ -167,14 +173,15 @@ def plan(
             reason = "attention code of its own, not transformers' attention interface"
             entries.append(Entry(path, type(module).__name__, reason=reason))
 
-    refused, wanted = [], set()
+    refused: list = []
+    wanted: dict[int, object] = {}
     for group in groups.values():
         old = group.config._attn_implementation
         reason = objection or group.refusal(device)
         if reason is not None:
             refused.append(group.config)
         elif old != interface.NAME:
-            wanted.add(id(group.config))
+            wanted[id(group.config)] = group.config
         for path, module in group.modules:
             entry = Entry(path, f"{type(module).__name__} ({old})", reason=reason)
             if reason is None:
@@ -182,8 +189,10 @@ def plan(
             entries.append(entry)
     switches = []
     for top in tops:
-        if any(id(c) in wanted for m in _owners(top) for c in _nested(m.config)):
-            switches.append(Switch(top, refused))
+        inside = {id(c) for m in _owners(top) for c in _nested(m.config)}
+        found = [config for key, config in wanted.items() if key in inside]
+        if found:
+            switches.append(Switch(top, found, refused))
     return entries, switches
 
 
