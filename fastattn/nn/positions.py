@@ -167,8 +167,9 @@ class RotaryEmbedding(torch.nn.Module):
         angles = positions.float().unsqueeze(-1) * self.inverse_frequencies
         if angles.dim() == 3:
             angles = angles.unsqueeze(1)  # [N, 1, S, dim / 2]: the same for all heads
-        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
         work = torch.promote_types(x.dtype, torch.float32)
+        angles = angles.to(work)
+        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
         turned, rest = x[..., : self.dim].to(work), x[..., self.dim :]
         if self.layout == "half":
             a, b = turned.chunk(2, -1)
