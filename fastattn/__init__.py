@@ -1,6 +1,6 @@
 """Fused attention, softmax and LayerNorm for PyTorch: any mask at the price of what it shows."""
 
-from . import masks, nn, reference, transforms  # noqa: F401  transforms registers derivatives and vmap rules
+from . import convert, masks, nn, reference, transforms  # noqa: F401  transforms registers derivatives and vmap rules
 from .functional import attention, explain, scaled_dot_product_attention
 from .patch import sdpa_patch
 from .rows import add_layer_norm, add_rms_norm, layer_norm, rms_norm, softmax
@@ -13,6 +13,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "convert",
     "explain",
     "layer_norm",
     "masks",

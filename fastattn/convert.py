@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .nn import GroupedQueryAttention
+
 
 @dataclass
 class _Plan:
@@ -14,7 +16,7 @@ class _Plan:
 
     path: str
     module: nn.Module
-    config: object
+    config: object | None
     heads: int
     kv_heads: int
     head_dim: int
@@ -30,7 +32,10 @@ def _plan(path: str, module: nn.Module, wanted: int) -> _Plan | None:
     """What is to be done to a module; None where it is no attention of the Llama kind."""
     projections = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     config = getattr(module, "config", None)
-    if not all(isinstance(p, nn.Module) for p in projections) or not hasattr(config, "num_key_value_heads"):
+    ours = isinstance(module, GroupedQueryAttention)
+    if not all(isinstance(p, nn.Module) for p in projections):
+        return None
+    if not ours and not hasattr(config, "num_key_value_heads"):
         return None
     at = path or type(module).__name__
     for name, p in zip(("q_proj", "k_proj", "v_proj"), projections):
@@ -42,7 +47,10 @@ def _plan(path: str, module: nn.Module, wanted: int) -> _Plan | None:
         if p.weight.is_meta:
             raise ValueError(f"{at}.{name} is on the meta device; load the weights first")
     q, k, v = projections
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if ours:
+        heads, kv_heads = module.num_heads, module.num_kv_heads
+    else:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(module, "head_dim", None) or q.out_features // heads
     if (k.out_features, v.out_features) != (kv_heads * head_dim,) * 2:
         raise ValueError(
@@ -56,7 +64,49 @@ def _plan(path: str, module: nn.Module, wanted: int) -> _Plan | None:
     norm = getattr(getattr(module, "k_norm", None), "weight", None)
     if norm is not None and norm.numel() != head_dim:
         raise TypeError(f"{at}.k_norm spans all key heads: means of heads would not be means of its results")
-    return _Plan(path, module, config, heads, kv_heads, head_dim)
+    return _Plan(path, module, None if ours else config, heads, kv_heads, head_dim)
+
+
+def _of_multihead(module: nn.MultiheadAttention, wanted: int) -> GroupedQueryAttention:
+    heads = module.num_heads
+    for name, refused in (
+        ("batch_first=False", not module.batch_first),
+        ("bias_k and bias_v", module.bias_k is not None),
+        ("add_zero_attn=True", module.add_zero_attn),
+    ):
+        if refused:
+            raise TypeError(f"the MultiheadAttention has {name}, which GroupedQueryAttention has not")
+    if heads % wanted:
+        raise ValueError(
+            f"num_kv_heads must divide the {heads} heads of the MultiheadAttention, got {wanted}"
+        )
+    bias, p = module.in_proj_bias, module.out_proj.weight
+    made = GroupedQueryAttention(
+        module.embed_dim,
+        heads,
+        wanted,
+        kdim=module.kdim,
+        vdim=module.vdim,
+        bias=bias is not None,
+        out_bias=module.out_proj.bias is not None,
+        dropout=module.dropout,
+        device=p.device,
+        dtype=p.dtype,
+    ).train(module.training)
+    if module.in_proj_weight is None:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    else:
+        weights = module.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    with torch.no_grad():
+        for name, w, b in zip("qkv", weights, biases):
+            linear = getattr(made, f"{name}_proj")
+            kept = heads if name == "q" else wanted
+            linear.weight.copy_(_pooled(w, heads, kept))
+            if b is not None:
+                linear.bias.copy_(_pooled(b, heads, kept))
+        made.o_proj.load_state_dict(module.out_proj.state_dict())
+    return made
 
 
 def mha_to_gqa(model: nn.Module, num_kv_heads: int) -> nn.Module:
@@ -70,11 +120,13 @@ def mha_to_gqa(model: nn.Module, num_kv_heads: int) -> nn.Module:
     Args:
         model: a transformers model of Llama's kind (separate q_proj, k_proj and v_proj, a config with
             num_key_value_heads), or one attention module of it. A single module's config is left alone: its
-            other layers still have their heads.
+            other layers still have their heads. Or fastattn.nn.GroupedQueryAttention, or a model that has some. Or one
+            MultiheadAttention, of torch or fastattn.nn, with batch_first=True.
         num_kv_heads: how many; divides the present number.
 
     Returns:
-        The same object.
+        The same object; for a MultiheadAttention, whose parameters cannot hold fewer heads, a new
+        GroupedQueryAttention.
 
     Raises:
         TypeError: nothing in it is such an attention, or a projection is no plain Linear.
@@ -84,11 +136,13 @@ def mha_to_gqa(model: nn.Module, num_kv_heads: int) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(num_kv_heads, bool) or not isinstance(num_kv_heads, int) or num_kv_heads < 1:
         raise ValueError(f"num_kv_heads must be an int of at least 1, got {num_kv_heads!r}")
+    if isinstance(model, nn.MultiheadAttention):
+        return _of_multihead(model, num_kv_heads)
     plans = [p for path, m in model.named_modules() if (p := _plan(path, m, num_kv_heads)) is not None]
     if not plans:
         raise TypeError(
             f"{type(model).__name__} has no attention with q_proj, k_proj, v_proj and a config with "
-            "num_key_value_heads"
+            "num_key_value_heads, and no fastattn.nn.GroupedQueryAttention"
         )
     pooled = []
     for plan in plans:
@@ -102,10 +156,11 @@ def mha_to_gqa(model: nn.Module, num_kv_heads: int) -> nn.Module:
         setattr(linear, name, new)
         linear.out_features = new.shape[0]
     for plan in plans:
-        plan.module.num_key_value_groups = plan.heads // num_kv_heads
+        if plan.config is not None:
+            plan.module.num_key_value_groups = plan.heads // num_kv_heads
         for name in ("num_key_value_heads", "num_kv_heads"):
             if hasattr(plan.module, name):
                 setattr(plan.module, name, num_kv_heads)
-        if plan.module is not model:
+        if plan.config is not None and plan.module is not model:
             plan.config.num_key_value_heads = num_kv_heads
     return model

@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from . import nn as fused
 from . import rows
 from .dispatch import ROW_KERNELS, choose
 from .problem import DTYPES, name_of
@@ -39,21 +39,6 @@ class StandIn:
         # The class is made at run time: a pickle holds how to make it.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _blank, (self.original, *self.recipe), state
-
-
-class _LayerNorm(StandIn):
-    def forward(self, input: Tensor) -> Tensor:
-        return rows.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-class _RMSNorm(StandIn):
-    def forward(self, input: Tensor) -> Tensor:
-        return rows.rms_norm(input, self.normalized_shape, self.weight, self.eps)
-
-
-class _Softmax(StandIn):
-    def forward(self, input: Tensor) -> Tensor:
-        return rows.softmax(input, self.dim)
 
 
 class _RecognisedNorm(StandIn):
@@ -84,7 +69,9 @@ class _RecognisedNorm(StandIn):
 @functools.cache
 def _class_for(original: type, base: type, options: tuple) -> type:
     """The class of instances of `original` replaced by `base`; options are class attributes (name, value)."""
-    bases = (base, original) if issubclass(base, StandIn) else (StandIn, base)
+    bases = (base, original) if issubclass(base, StandIn) else (StandIn, base, original)
+    if issubclass(base, original):
+        bases = bases[:-1]
 
     def body(namespace):
         namespace |= {
@@ -103,42 +90,18 @@ def _blank(original: type, base: type, options: tuple) -> nn.Module:
     return made.__new__(made)
 
 
-def _needs_dim(module: nn.Softmax) -> str | None:
-    return "dim is None: torch guesses it from the rank" if module.dim is None else None
-
-
-def _no_objection(module: nn.Module) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What stands in for a class of torch.
-
-    base: a StandIn, or a subclass of the class with the same attributes; None where this version has none.
-    objection: why an instance is not replaced. aside: what else the report says of an instance that is left.
-    """
-
-    original: type[nn.Module]
-    base: type | None
-    objection: Callable[[nn.Module], str | None] = _no_objection
-    aside: str = ""
-
-
-# In evaluation without gradients an encoder layer computes everything in one fused op of torch.
-_FUSED = "; its fused path, in evaluation, passes by replaced norms"
-
-REPLACEMENTS = (
-    Replacement(nn.LayerNorm, _LayerNorm),
-    Replacement(nn.RMSNorm, _RMSNorm),
-    Replacement(nn.Softmax, _Softmax, _needs_dim),
-    Replacement(nn.MultiheadAttention, None),
-    Replacement(nn.TransformerEncoderLayer, None, aside=_FUSED),
-    Replacement(nn.TransformerDecoderLayer, None),
-    Replacement(nn.TransformerEncoder, None),
-    Replacement(nn.TransformerDecoder, None),
-    Replacement(nn.Transformer, None),
-)
+# Each is a subclass of torch's class with the same attributes and another forward.
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: fused.LayerNorm,
+    nn.RMSNorm: fused.RMSNorm,
+    nn.Softmax: fused.Softmax,
+    nn.MultiheadAttention: fused.MultiheadAttention,
+    nn.TransformerEncoderLayer: fused.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: fused.TransformerDecoderLayer,
+    nn.TransformerEncoder: fused.TransformerEncoder,
+    nn.TransformerDecoder: fused.TransformerDecoder,
+    nn.Transformer: fused.Transformer,
+}
 
 
 @functools.cache
@@ -174,7 +137,7 @@ def objection(module: nn.Module, device: torch.device) -> str | None:
             return f"{name} is quantised ({name_of(p.dtype)})"
         if p.dtype not in DTYPES:
             return f"{name} is {name_of(p.dtype)}, which no kernel takes"
-    dtypes = {p.dtype for p in module.parameters(recurse=False)} or {torch.float32}
+    dtypes = {p.dtype for p in module.parameters() if p.dtype in DTYPES} or {torch.float32}
     return next((reason for d in dtypes if (reason := _no_kernel(device, d)) is not None), None)
 
 
@@ -184,21 +147,21 @@ _Found = tuple[Entry, type | None] | None
 
 def _torch_module(path: str, module: nn.Module, device: torch.device) -> _Found:
     """An instance of one of torch's classes."""
-    for r in REPLACEMENTS:
-        if not isinstance(module, r.original):
-            continue
-        entry = Entry(path, type(module).__name__)
-        if type(module).forward is not r.original.forward:
-            return replace(entry, reason="a subclass with its own forward"), None
-        if r.base is None:
-            reason = "no fastattn.nn module in this version"
-        else:
-            reason = objection(module, device) or r.objection(module)
-        if reason is not None:
-            return replace(entry, reason=reason + r.aside), None
-        made = _class_for(type(module), r.base, ())
-        return replace(entry, after=made.__name__), made
-    return None
+    original = next((c for c in REPLACEMENTS if isinstance(module, c)), None)
+    if original is None:
+        return None
+    base, name = REPLACEMENTS[original], type(module).__name__
+    if isinstance(module, base) and type(module).forward is base.forward:
+        return Entry(path, name, f"fastattn.nn.{base.__name__}", already=True), None
+    reason = objection(module, device)
+    if type(module).forward is not original.forward:
+        reason = "a subclass with its own forward"
+    if reason is not None:
+        if original is nn.TransformerEncoderLayer:
+            # In evaluation without gradients it computes everything in one fused op of torch.
+            reason += "; its fused path, in evaluation, passes by replaced norms and attention"
+        return Entry(path, name, reason=reason), None
+    return Entry(path, name, f"fastattn.nn.{base.__name__}"), _class_for(type(module), base, ())
 
 
 def _recognised_module(
@@ -229,18 +192,23 @@ def _is_meta(model: nn.Module) -> bool:
     return any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def swap(model: nn.Module, dry_run: bool = False) -> SwapReport:
+def swap(model: nn.Module, dry_run: bool = False, pack: bool = False) -> SwapReport:
     """Puts a model's attention, norms and softmax on fastattn's kernels, in place.
 
-    Replaced are instances of torch.nn's LayerNorm, RMSNorm and Softmax; norms that model libraries define
-    themselves, recognised by running a copy on a probe input; and the attention of transformers models, through
-    transformers' attention and mask interfaces. A module that has hooks, quantised or tensor-subclass parameters
-    or a forward of its own is left in place and named in the report; so is everything in a model on the meta
-    device. Calling it again changes nothing. Where an error occurs half-way, what was done is undone.
+    Replaced are instances of torch.nn's MultiheadAttention, Transformer and its parts, LayerNorm, RMSNorm and Softmax,
+    by the classes of their names in fastattn.nn; norms that model libraries define themselves, recognised by running a
+    copy on a probe input; and the attention of transformers models, through transformers' attention and mask
+    interfaces. A module that has hooks, quantised or tensor-subclass parameters or a forward of its own is left in
+    place and named in the report; so is everything in a model on the meta device. Calling it again changes nothing.
+    Where an error occurs half-way, what was done is undone.
 
     Args:
         model: any module. It stays the same object, and so do its modules and parameters.
         dry_run: only report what would be done.
+        pack: let encoders of BERT's kind in transformers models compute no padded tokens in any layer. Their output
+            is 0 at padding, where it would have been numbers that nobody reads; hooks inside, and a model that is
+            asked for the states of each layer, see or get what they always did only without packing. Two short
+            sequences run through each encoder to see that its layers allow it.
 
     Returns:
         A SwapReport; `print` it for a table.
@@ -250,13 +218,15 @@ def swap(model: nn.Module, dry_run: bool = False) -> SwapReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    entries, classes, switches = plan(model)
+    entries, classes, switches = plan(model, pack=pack)
     if not dry_run:
         _apply(classes, switches)
     return SwapReport(entries, dry_run)
 
 
-def plan(model: nn.Module, device: str | None = None) -> tuple[tuple[Entry, ...], list, list]:
+def plan(
+    model: nn.Module, device: str | None = None, pack: bool = False
+) -> tuple[tuple[Entry, ...], list, list]:
     """What is to be done: entries in the model's order, [(module, new class)] and switches of attention.
 
     device: where the model's weights would be, for a model on the meta device that is only asked about.
@@ -287,6 +257,10 @@ def plan(model: nn.Module, device: str | None = None) -> tuple[tuple[Entry, ...]
 
         found_entries, switches = models.plan(model, meta, device)
         entries += found_entries
+        if pack:
+            found_entries, encoders = models.plan_packing(model, meta, device)
+            entries += found_entries
+            classes += [(module, _class_for(type(module), base, ())) for module, base in encoders]
     order = {path: n for n, (path, _) in enumerate(model.named_modules())}
     return tuple(sorted(entries, key=lambda entry: order[entry.path])), classes, switches
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastattn
 from fastattn.convert import mha_to_gqa
 
 transformers = pytest.importorskip("transformers")
@@ -140,3 +141,50 @@ def test_norms_over_all_heads_are_refused():
     model.model.layers[0].self_attn.k_norm = nn.RMSNorm(32)
     with pytest.raises(TypeError, match="k_norm spans all key heads"):
         mha_to_gqa(model, 2)
+
+
+def test_grouped_attention_of_ours():
+    torch.manual_seed(0)
+    module = fastattn.nn.GroupedQueryAttention(32, 8, 4, bias=True, qk_norm="rms_norm")
+    x = torch.randn(2, 5, 32)
+    for name in "kv":  # heads equal in pairs: their means are themselves
+        p = getattr(module, f"{name}_proj")
+        with torch.no_grad():
+            for t in (p.weight, p.bias):
+                t.copy_(t.unflatten(0, (2, 2, 4))[:, :1].expand(2, 2, 4, *t.shape[1:]).flatten(0, 2))
+    expected = module(x, is_causal=True)
+    model = nn.Sequential(module)
+    assert mha_to_gqa(model, 2) is model and module.num_kv_heads == 2
+    assert module.k_proj.weight.shape == (8, 32) and module.v_proj.out_features == 8
+    torch.testing.assert_close(module(x, is_causal=True), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, fastattn.nn.MultiheadAttention])
+@pytest.mark.parametrize("widths", [{}, {"kdim": 16, "vdim": 24}])
+def test_multihead_attention_becomes_grouped(kind, widths):
+    torch.manual_seed(0)
+    module = kind(32, 4, batch_first=True, **widths).eval()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    q, k, v = (torch.randn(2, n, widths.get(w, 32)) for n, w in ((5, ""), (6, "kdim"), (6, "vdim")))
+    same = mha_to_gqa(module, 4)
+    assert isinstance(same, fastattn.nn.GroupedQueryAttention)
+    torch.testing.assert_close(same(q, k, v), module(q, k, v, need_weights=False)[0], rtol=1e-4, atol=1e-5)
+    fewer = mha_to_gqa(module, 2)
+    heads = same.k_proj.weight.view(2, 2, 8, -1)
+    torch.testing.assert_close(fewer.k_proj.weight.view(2, 8, -1), heads.mean(1))
+    assert fewer(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "keywords, wanted, error, message",
+    [
+        ({"batch_first": False}, 2, TypeError, "batch_first=False"),
+        ({"batch_first": True, "add_bias_kv": True}, 2, TypeError, "bias_k"),
+        ({"batch_first": True, "add_zero_attn": True}, 2, TypeError, "add_zero_attn"),
+        ({"batch_first": True}, 3, ValueError, "num_kv_heads must divide the 4 heads"),
+    ],
+)
+def test_multihead_attention_that_cannot(keywords, wanted, error, message):
+    with pytest.raises(error, match=message):
+        mha_to_gqa(nn.MultiheadAttention(32, 4, **keywords), wanted)

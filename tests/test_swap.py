@@ -342,7 +342,7 @@ def test_subclasses():
     )
     reasons = {e.path: e.reason for e in fastattn.swap(model).entries}
     assert reasons["own"] == "a subclass with its own forward"
-    assert "dim is None" in reasons["dim"] and "not one tensor" in reasons["gated"]
+    assert reasons["dim"] is None and "not one tensor" in reasons["gated"]
     assert reasons["plain"] is None and isinstance(model["plain"], Plain)
     assert type(model["own"]) is OwnForward
 
@@ -386,11 +386,121 @@ def test_only_modules(function):
         function([])
 
 
-def test_torch_transformers_are_named():
+class PlainAttention(nn.MultiheadAttention):
+    """A subclass that changes nothing of importance."""
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *arguments, **keywords):
+        return super().forward(*arguments, **keywords)
+
+
+def transformer():
+    torch.manual_seed(0)
+    model = nn.Transformer(32, 4, 2, 2, 48, dropout=0.0, batch_first=True)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def padded():
+    hidden = torch.zeros(3, 7, dtype=torch.bool)
+    hidden[0, 5:] = True
+    hidden[1, :2] = True
+    src, tgt = torch.randn(3, 7, 32), torch.randn(3, 6, 32)
+    causal = torch.ones(6, 6).triu(1).bool()
+    return (src, tgt), dict(src_key_padding_mask=hidden, memory_key_padding_mask=hidden, tgt_mask=causal)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_transformer_whole(training):
+    model = transformer().train(training)
+    modules, classes = list(model.modules()), [type(m) for m in model.modules()]
+    arguments, masks = padded()
+
+    def results():
+        model.zero_grad()
+        out = model(*arguments, **masks)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    with torch.no_grad():
+        plain = model(*arguments, **masks)
+    before = results()
+    report = fastattn.swap(model)
+    kinds = {e.after for e in report.swapped}
+    names = (
+        "Transformer TransformerEncoder TransformerDecoder TransformerEncoderLayer TransformerDecoderLayer"
+    )
+    names += " MultiheadAttention LayerNorm"
+    assert kinds == {f"fastattn.nn.{name}" for name in names.split()} and not report.left
+    assert all(a is b and isinstance(a, c) for a, b, c in zip(model.modules(), modules, classes, strict=True))
+    close(results(), before)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*arguments, **masks), plain, rtol=1e-4, atol=1e-4)
+    assert not fastattn.swap(model).swapped
+    other = pickle.loads(pickle.dumps(model))
+    fastattn.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(a, b) for a, b in zip(results(), before))
+    with torch.no_grad():
+        torch.testing.assert_close(other(*arguments, **masks), plain, rtol=1e-4, atol=1e-4)
+    fastattn.restore(other)
+    assert [type(m) for m in other.modules()] == classes
+
+
+def test_the_attention_kernel_runs_and_padding_does_not(monkeypatch):
+    from fastattn import functional
+
+    lengths = []
+
+    def attention(q, k, v, **arguments):
+        lengths.append((q.shape[2], k.shape[2]))
+        return original(q, k, v, **arguments)
+
+    original = functional.attention
+    model, (arguments, masks) = transformer(), padded()
+    fastattn.swap(model)
+    monkeypatch.setattr(functional, "attention", attention)
+    with torch.no_grad():
+        model.encoder(arguments[0], src_key_padding_mask=masks["src_key_padding_mask"])
+    assert lengths == [(17, 17)] * 2, "17 of 21 tokens are real"
+
+
+def test_a_hooked_attention_in_a_swapped_layer_is_still_called():
+    model, (arguments, masks) = transformer().eval(), padded()
+    with torch.no_grad():
+        plain = model(*arguments, **masks)
+    called = []
+    layer = model.encoder.layers[0]
+    layer.self_attn.register_forward_hook(lambda *a: called.append(1))
+    report = fastattn.swap(model)
+    (left,) = report.left
+    assert left.path == "encoder.layers.0.self_attn" and "1 hook on it" in left.reason
+    with torch.no_grad():
+        torch.testing.assert_close(model(*arguments, **masks), plain, rtol=1e-4, atol=1e-4)
+    assert called
+
+
+def test_subclasses_of_attention():
+    model = nn.ModuleDict(
+        {"plain": PlainAttention(8, 2), "own": OwnAttention(8, 2), "ours": fastattn.nn.LayerNorm(8)}
+    )
+    entries = {e.path: e for e in fastattn.swap(model).entries}
+    assert entries["own"].reason == "a subclass with its own forward" and type(model["own"]) is OwnAttention
+    assert isinstance(model["plain"], PlainAttention) and isinstance(
+        model["plain"], fastattn.nn.MultiheadAttention
+    )
+    assert entries["ours"].already and type(model["ours"]) is fastattn.nn.LayerNorm
+    fastattn.restore(model)
+    assert type(model["plain"]) is PlainAttention and type(model["ours"]) is fastattn.nn.LayerNorm
+
+
+def test_a_layer_with_a_hook_says_what_its_fused_path_does():
     layer = nn.TransformerEncoderLayer(8, 2)
+    layer.register_forward_hook(lambda *a: None)
     reasons = {e.path: e.reason for e in fastattn.swap(layer).entries}
-    assert "fastattn.nn" in reasons["self_attn"] and "fused path" in reasons[""]
-    assert reasons["norm1"] is None
+    assert "fused path" in reasons[""] and reasons["self_attn"] is None and reasons["norm1"] is None
 
 
 def test_the_command_reports_without_weights(tmp_path, capsys):

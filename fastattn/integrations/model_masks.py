@@ -46,7 +46,8 @@ class ModelMask:
     A model's own code may treat its mask as a tensor (slice it, concatenate it, read its shape). It then gets the
     bool tensor [B, 1, Sq, Sk] that it would have had with SDPA.
 
-    mask: what is visible. bias: None, or added to the scores, broadcastable to [B, Hq, Sq, Sk].
+    mask: what is visible. bias: None, or added to the scores, broadcastable to [B, Hq, Sq, Sk]. padding: bool
+    [B, S], True for real tokens, where it is all that `mask` hides. packing: kept here by packing encoders.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class ModelMask:
     ):
         self.mask = mask
         self.bias = bias
+        self.padding: Tensor | None = None
+        self.packing = None
         batch, q_length, kv_length = shape
         self.shape = torch.Size((batch, 1, q_length, kv_length))
         self.device = device
@@ -279,4 +282,7 @@ def mask_function(
         mask = mask & keys
     elif padding is not None:
         mask = mask & masks.KeyPadding(_keys(padding, place))
-    return ModelMask(mask, (batch_size, q_length, kv_length), device, bias)
+    made = ModelMask(mask, (batch_size, q_length, kv_length), device, bias)
+    if padding is not None and mask_function is theirs.bidirectional_mask_function and place.is_square():
+        made.padding = _keys(padding, place)
+    return made

@@ -196,6 +196,39 @@ def plan(
     return entries, switches
 
 
+def plan_packing(
+    model: nn.Module, objection: str | None, device: str | None = None
+) -> tuple[list[Entry], list[tuple[nn.Module, type]]]:
+    """The encoders of `model` that are to pack, and the modules whose class is to change; arguments as of `plan`.
+
+    An encoder packs where all the attention modules in it are fastattn's, or are going to be.
+    """
+    from . import packed
+
+    found, _ = plan(model, objection, device)
+    served = {entry.path for entry in found if entry.after is not None}
+    attention = {id(m) for path, m in model.named_modules() if path in served}
+    entries, encoders = [], []
+    within: list[set[int]] = []  # of encoders that pack: their parts get packed tokens already
+    for path, module in model.named_modules():
+        if isinstance(module, packed.PackedEncoder) or not packed.is_candidate(module, attention):
+            continue
+        if any(id(module) in inside for inside in within):
+            continue
+        config = getattr(module, "config", None) or next(
+            m.config for m in module.modules() if hasattr(m, "config")
+        )
+        entry = Entry(path, type(module).__name__)
+        reason = "its forward is replaced on the instance" if "forward" in vars(module) else objection
+        reason = reason or packed.objection(module, config)
+        if reason is None:
+            entry = replace(entry, after="packs padded batches")
+            encoders.append((module, packed.PackedEncoder))
+            within.append({id(m) for m in module.modules()})
+        entries.append(replace(entry, reason=reason))
+    return entries, encoders
+
+
 def put_back(path: str, model: nn.Module) -> list[Entry]:
     """Gives the configs that a Switch changed their attention implementation back."""
     entries = []
