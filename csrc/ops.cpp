@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
   m.def("_attention_bwd_route() -> str");
   m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
+  m.def("mask_keys(Tensor mask) -> (Tensor lo, Tensor hi, Tensor flags)");
   m.def(
       "mask_build(int[] program, Tensor[] tensors, int B, int H, int Sq, int Sk) -> (Tensor offsets, Tensor "
       "blocks, Tensor tiles, Tensor flags)");

@@ -14,9 +14,12 @@ namespace {
 
 using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What the last result of mask_scan and mask_build says beside the lists.
+// What the last result of mask_scan, mask_build and mask_keys says beside the lists.
 constexpr int64_t kEverything = 1;  // every granule is full: the bits hide nothing
 constexpr int64_t kNonzero = 2;     // an additive tensor holds something visible other than 0
+constexpr int64_t kGaps = 4;        // some plane's keys are not one interval
+constexpr int64_t kFromStart = 8;   // every plane's interval begins with the first key
+constexpr int64_t kToEnd = 16;      // every plane's interval ends with the last key
 
 Tensor new_ints(std::vector<int64_t> sizes, ScalarType dtype = ScalarType::Int) {
   return torch::stable::empty(sizes, dtype);
@@ -171,6 +174,50 @@ Lists mask_scan(const Tensor& mask) {
     }
   });
   return {offsets, blocks, tiles, flags_tensor(flags)};
+}
+
+// The keys of one plane joined to an interval, granule by granule.
+struct KeyInterval {
+  int64_t first = -1, end = 0;
+  bool gaps = false;
+
+  void add(uint64_t seen, int64_t at) {
+    if (seen == 0) return;
+    const int64_t from = at + __builtin_ctzll(seen), to = at + kSide - __builtin_clzll(seen);
+    gaps |= to - from != __builtin_popcountll(seen) || (first >= 0 && from != end);
+    if (first < 0) first = from;
+    end = to;
+  }
+};
+
+// A mask that differs along keys alone, as padding does: the commonest of all, and in short calls what finds
+// it must cost less than what it saves.
+std::tuple<Tensor, Tensor, Tensor> mask_keys(const Tensor& mask) {
+  MaskScanArgs a = scan_args(mask);
+  STD_TORCH_CHECK(a.Sq == 1, "fastattn: mask_keys needs a mask with one row, got ", a.Sq);
+  const MaskScan scan = kernels().mask_scan;
+  const int64_t B = mask.size(0), H = mask.size(1), n_k = granules_of(a.Sk);
+  Tensor lo = new_ints({B, H, 1}), hi = new_ints({B, H, 1});
+  int32_t *los = static_cast<int32_t*>(lo.mutable_data_ptr()),
+          *his = static_cast<int32_t*>(hi.mutable_data_ptr());
+  int64_t flags = kFromStart | kToEnd;
+  ScannedWords seen;
+  for (int64_t plane = 0; plane < B * H; ++plane) {
+    a.data = static_cast<const char*>(mask.const_data_ptr()) +
+             (plane / H * mask.stride(0) + plane % H * mask.stride(1)) * int64_t(a.bytes);
+    KeyInterval keys;
+    for (int64_t k = 0; k < n_k; k += kScanGranules) {
+      const int64_t count = std::min<int64_t>(kScanGranules, n_k - k);
+      scan(a, 0, 1, k * kSide, count, &seen);
+      if (seen.nonzero) flags |= kNonzero;
+      for (int64_t g = 0; g < count; ++g) keys.add(seen.word[0][g], (k + g) * kSide);
+    }
+    if (keys.gaps) flags |= kGaps;
+    if (keys.first != 0) flags &= ~kFromStart;
+    if (keys.end != a.Sk) flags &= ~kToEnd;
+    los[plane] = int32_t(std::max<int64_t>(keys.first, 0)), his[plane] = int32_t(keys.end);
+  }
+  return {lo, hi, flags_tensor(flags)};
 }
 
 // Reads a tree in postfix order; the numbers are written by fastattn/masks/native.py.
@@ -356,6 +403,7 @@ std::tuple<Tensor, Tensor> mask_transpose(const Tensor& offsets, const Tensor& b
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("mask_scan", TORCH_BOX(&fastattn::mask_scan));
+  m.impl("mask_keys", TORCH_BOX(&fastattn::mask_keys));
   m.impl("mask_transpose", TORCH_BOX(&fastattn::mask_transpose));
 }
 

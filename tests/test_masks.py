@@ -410,6 +410,43 @@ def test_both_builders_agree(monkeypatch):
         assert torch.equal(tiles[0][one.block_list[:, 1].long()], tiles[1][two.block_list[:, 1].long()])
 
 
+def _patterns(Sk):
+    j = torch.arange(Sk)
+    cut, end = Sk // 3, Sk - Sk // 4
+    yield "all", j >= 0, True
+    yield "none", j < 0, True
+    yield "prefix", j < cut, True
+    yield "suffix", j >= cut, True
+    yield "middle", (j >= cut) & (j < end), True
+    yield "one key", j == Sk - 1, True
+    if Sk > 2:
+        yield "a hole", j != Sk // 2, False
+        yield "the ends", (j == 0) | (j == Sk - 1), False
+
+
+@pytest.mark.parametrize("Sk", [1, 2, 63, 64, 65, 128, 200, 64 * 129 + 7])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16, torch.float64])
+def test_a_tensor_without_rows_is_ranges_where_its_keys_are_an_interval(Sk, dtype, path):
+    for name, seen, interval in _patterns(Sk):
+        lowest = 0.0 if dtype == torch.bool else torch.finfo(dtype).min
+        for finite in (0.0, -0.0, 1.5, lowest, float("nan")):
+            planes = torch.stack([seen, torch.ones(Sk, dtype=torch.bool)])[:, None, None]
+            if dtype != torch.bool:
+                planes = torch.zeros(planes.shape, dtype=dtype).masked_fill_(~planes, float("-inf"))
+                planes[1, 0, 0, 0] = finite
+            spread = torch.zeros(2, 1, 1, 2 * Sk, dtype=dtype)[..., ::2].copy_(planes)
+            for tensor in (planes, spread, planes.expand(2, 3, 1, Sk)):
+                m = from_tensor(tensor, 2, 3, 70, Sk)
+                wanted = (tensor if dtype == torch.bool else tensor != float("-inf")).expand(2, 3, 70, Sk)
+                assert torch.equal(m.to_dense(), wanted), name
+                assert m.has_bits != interval, name
+                if name == "all" and Sk > 1:
+                    assert m.is_everything
+                assert (m.bias is not None) == (dtype != torch.bool and finite != 0), name
+            if dtype == torch.bool:
+                break
+
+
 @pytest.mark.parametrize(
     ("program", "message"),
     [

@@ -31,42 +31,63 @@ FASTATTN_INLINE uint64_t visible_64(const U* p, U hidden, uint64_t* nonzero) {
   }
 }
 
-constexpr int64_t kRowsAhead = 2;
+// Rows lie far apart, which the hardware does not foresee; fetched into the second cache, where the line
+// waits without driving out the words.
+constexpr int64_t kRowsAhead = 4;
+
+template <class U>
+FASTATTN_INLINE uint64_t scan_line(const MaskScanArgs& a, const U* p, U hidden, uint64_t* nonzero) {
+  for (size_t n = 0; n < sizeof(U); ++n)
+    __builtin_prefetch(p + kRowsAhead * a.row + n * (kGranule / sizeof(U)), 0, 2);
+  return visible_64(p, hidden, nonzero);
+}
+
+// Granules of one row from `g` on, of which the last may be ragged or the keys apart.
+template <class U>
+void scan_rest(const MaskScanArgs& a, const U* line, int64_t g, int64_t granules, int64_t keys_left, U hidden,
+               uint64_t* nonzero, uint64_t* words) {
+  for (; g < granules; ++g) {
+    const int64_t left = keys_left - g * kGranule, keys = left < kGranule ? left : kGranule;
+    U gathered[kGranule];
+    for (int64_t c = 0; c < keys; ++c) gathered[c] = line[(g * kGranule + c) * a.key];
+    for (int64_t c = keys; c < kGranule; ++c) gathered[c] = hidden;
+    words[g] = visible_64(gathered, hidden, nonzero);
+  }
+}
 
 template <class U>
 void scan_as(const MaskScanArgs& a, int64_t first_row, int64_t rows, int64_t first_key, int64_t granules,
              ScannedWords* out) {
   const U hidden = U(a.hidden);
   uint64_t nonzero = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const U* line = static_cast<const U*>(a.data) + (first_row + r) * a.row + first_key * a.key;
-    uint64_t* words = out->word[r];
-    const int64_t left = a.Sk - first_key,
-                  whole = a.key == 1 ? (left / kGranule < granules ? left / kGranule : granules) : 0;
+  const int64_t left = a.Sk - first_key;
+  const int64_t whole = a.key == 1 ? (left / kGranule < granules ? left / kGranule : granules) : 0;
+  const U* first = static_cast<const U*>(a.data) + first_row * a.row + first_key * a.key;
+  // Two rows at a time: twice the loads in flight.
+  for (int64_t r = 0; r < rows; r += 2) {
+    const int64_t other = r + 1 < rows ? r + 1 : r;
+    const U *line = first + r * a.row, *next = first + other * a.row;
+    uint64_t *words = out->word[r], *next_words = out->word[other];
     for (int64_t g = 0; g < whole; ++g) {
-      const U* p = line + g * kGranule;
-      // Rows lie far apart, which the hardware does not foresee.
-      for (size_t n = 0; n < sizeof(U); ++n)
-        __builtin_prefetch(p + kRowsAhead * a.row + n * (kGranule / sizeof(U)));
-      words[g] = visible_64(p, hidden, &nonzero);
+      const uint64_t word = scan_line(a, line + g * kGranule, hidden, &nonzero);
+      next_words[g] = scan_line(a, next + g * kGranule, hidden, &nonzero);
+      words[g] = word;
     }
-    for (int64_t g = whole; g < granules; ++g) {
-      const int64_t keys = left - g * kGranule < kGranule ? left - g * kGranule : kGranule;
-      U gathered[kGranule];
-      for (int64_t c = 0; c < keys; ++c) gathered[c] = line[(g * kGranule + c) * a.key];
-      for (int64_t c = keys; c < kGranule; ++c) gathered[c] = hidden;
-      words[g] = visible_64(gathered, hidden, &nonzero);
-    }
+    scan_rest(a, line, whole, granules, left, hidden, &nonzero, words);
+    if (other != r) scan_rest(a, next, whole, granules, left, hidden, &nonzero, next_words);
   }
   // A pass of its own: words read back in vectors right after they were written one by one would wait for
   // them.
   constexpr int kColumns = 8;
+  typedef uint64_t Words __attribute__((vector_size(8 * kColumns), aligned(8), may_alias));
   for (int64_t g = 0; g < granules; g += kColumns) {
-    uint64_t any[kColumns] = {}, none[kColumns] = {};
+    Words any = {}, none = {};
     for (int64_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < kColumns; ++c) any[c] |= out->word[r][g + c], none[c] |= ~out->word[r][g + c];
+      const Words seen = *reinterpret_cast<const Words*>(out->word[r] + g);
+      any |= seen, none |= ~seen;
     }
-    for (int c = 0; c < kColumns; ++c) out->any[g + c] = any[c], out->all[g + c] = ~none[c];
+    *reinterpret_cast<Words*>(out->any + g) = any;
+    *reinterpret_cast<Words*>(out->all + g) = ~none;
   }
   out->nonzero = nonzero != 0;
 }

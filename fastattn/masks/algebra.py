@@ -18,6 +18,7 @@ from torch import Tensor
 from . import check
 from .leaves import KeySetLeaf, Node, SameIdLeaf
 from .ranges import Ranges, Shape
+from .scan import scan_keys
 
 
 class Mask:
@@ -327,7 +328,7 @@ class KeyPadding(Mask):
                 )
             keys = self.lengths.detach().clone()
             object.__setattr__(self, "lengths", keys)
-            object.__setattr__(self, "_interval", interval_ranges(keys.unsqueeze(1)))
+            object.__setattr__(self, "_interval", scan_keys(keys[:, None, None]).ranges)
         else:
             lengths = check.integers("KeyPadding", "lengths", self.lengths, (0, 1))
             check.lengths_within("KeyPadding", "lengths", lengths, 2**31 - 1, "Sk")
@@ -366,30 +367,6 @@ class KeyPadding(Mask):
 
     def _size(self) -> tuple[int | None, int | None]:
         return None, self.lengths.shape[1] if self.lengths.dtype == torch.bool else None
-
-
-def interval_ranges(keys: Tensor) -> Ranges | None:
-    """A bool tensor [B or 1, H or 1, Sk], the same for all rows, as ranges; None if the True have gaps.
-
-    A bound that hides nothing becomes None. Reads three flags back from an accelerator; while torch.compile
-    traces there are none, and the answer is None.
-    """
-    Sk = keys.shape[-1]
-    if Sk == 0:
-        return Ranges()
-    if torch.compiler.is_compiling():
-        return None
-    count = keys.sum(-1, dtype=torch.int32)
-    first = keys.to(torch.int8).argmax(-1).to(torch.int32)
-    last = first + count
-    # Where the `count` keys from the first one on are all True, they are the whole row.
-    covered = keys.cumsum(-1, dtype=torch.int32).gather(-1, (last - 1).clamp_(min=0).long().unsqueeze(-1))
-    flags = torch.stack(
-        [(covered.squeeze(-1) == count).all(), (first == 0).all(), (last == Sk).all()]
-    ).tolist()
-    if not flags[0]:
-        return None
-    return Ranges(lo=None if flags[1] else first.unsqueeze(-1), hi=None if flags[2] else last.unsqueeze(-1))
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -21,7 +21,7 @@ from .algebra import And, Apart, Mask, Not, Or
 from .bits import Bits, build, count_windows, plane_offsets
 from .leaves import CodeLeaf, Combine, Inverse, Node, RangeLeaf, Window
 from .ranges import Ranges, Shape
-from .scan import codes_of, four_dims, rows_of, scan_tensor, unbroadcast, visible
+from .scan import codes_of, four_dims, rows_of, scan_keys, scan_tensor, unbroadcast, visible
 from .sparse import Dense
 from .words import GRANULE, granules, unpack_bits
 
@@ -392,12 +392,14 @@ def from_tensor(
         once = unbroadcast(whole.detach())
         if once.shape[2] > 1 and once.shape[3] > 1:
             bits, finite = scan_tensor(once, shape)
+        elif once.shape[3] > 1:
+            ranges, finite = scan_keys(once)
+            if ranges is None:
+                ranges, bits = interval.EVERYTHING, build(Dense(visible(once))._leaf(shape), shape)
         else:
             seen = visible(once)
             traced = torch.compiler.is_compiling()
             finite = additive and (traced or bool(((once != 0) & seen).any()))
             ranges = Dense(seen)._ranges(shape)
-            if ranges is None:
-                ranges, bits = interval.EVERYTHING, build(Dense(seen)._leaf(shape), shape)
     bias = whole.expand(B, Hq, Sq, Sk) if additive and (finite or learned) else None
     return _lowered(ranges, bits, shape, bias)

@@ -13,8 +13,8 @@ from .. import _library  # noqa: F401  the op library has to be loaded first
 from .leaves import Kind, Node, RangeLeaf
 from .words import GRANULE, granules
 
-# Flags of mask_scan and mask_build.
-EVERYTHING, NONZERO = 1, 2
+# Flags of mask_scan, mask_build and mask_keys.
+EVERYTHING, NONZERO, GAPS, FROM_START, TO_END = 1, 2, 4, 8, 16
 
 # Tests switch the ops off to compare.
 enabled = True
@@ -49,6 +49,15 @@ def scan(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.fastattn.mask_scan(tensor)
 
 
+def keys(tensor: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The interval of each plane of a bool or float tensor [B, H, 1, Sk], none of them 0, and the flags.
+
+    `lo` and `hi` int32 [B, H, 1] hold where the flags do not say GAPS. Not while torch.compile traces.
+    """
+    lo, hi, flags = torch.ops.fastattn.mask_keys(tensor)
+    return lo, hi, flags.item()
+
+
 def transpose(offsets: Tensor, blocks: Tensor, n_k: int) -> tuple[Tensor, Tensor]:
     """The lists from keys to rows."""
     return torch.ops.fastattn.mask_transpose(offsets, blocks, n_k)
@@ -65,6 +74,12 @@ def _fake_lists(B: int, H: int, Sq: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 @torch.library.register_fake("fastattn::mask_scan")
 def _(mask):
     return _fake_lists(*mask.shape[:3])
+
+
+@torch.library.register_fake("fastattn::mask_keys")
+def _(mask):
+    lo = torch.empty(*mask.shape[:3], dtype=torch.int32)
+    return lo, lo.new_empty(lo.shape), torch.empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("fastattn::mask_build")

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import native
 from .bits import Bits, TileTable, build
 from .leaves import CodeLeaf
-from .ranges import Shape
+from .ranges import Ranges, Shape
 from .words import EMPTY, FULL, GRANULE, granules, pack_bits
 
 # Elements looked at in one go by the torch version: a few MiB of bools.
@@ -62,6 +62,42 @@ def unbroadcast(tensor: Tensor) -> Tensor:
 def visible(tensor: Tensor) -> Tensor:
     """Where a bool or additive mask shows keys: all but -inf, finfo.min included."""
     return tensor if tensor.dtype == torch.bool else tensor != float("-inf")
+
+
+class Keys(NamedTuple):
+    """ranges: what a tensor without rows shows, None where some plane's keys have gaps (or torch.compile traces
+    and nobody knows). finite: a float tensor holds something other than 0 and -inf."""
+
+    ranges: Ranges | None
+    finite: bool
+
+
+def scan_keys(tensor: Tensor) -> Keys:
+    """Reads a bool or float tensor [B or 1, H or 1, 1, Sk] once. A bound that hides nothing is None.
+
+    Reads flags back from an accelerator.
+    """
+    if tensor.numel() == 0:
+        return Keys(Ranges(), False)
+    if torch.compiler.is_compiling():
+        return Keys(None, tensor.dtype != torch.bool)
+    if native.serves(tensor.device):
+        lo, hi, flags = native.keys(tensor)
+        gaps, whole = flags & native.GAPS, (flags & native.FROM_START, flags & native.TO_END)
+        nonzero = bool(flags & native.NONZERO)
+    else:
+        seen = visible(tensor)
+        count = seen.sum(-1, dtype=torch.int32)
+        lo = seen.to(torch.int8).argmax(-1).to(torch.int32)
+        hi = lo + count
+        # Where the `count` keys from the first one on are all visible, they are the whole interval.
+        last = (hi - 1).clamp_(min=0).long().unsqueeze(-1)
+        covered = seen.cumsum(-1, dtype=torch.int32).gather(-1, last).squeeze(-1)
+        other = ((tensor != 0) & seen).any() if tensor.dtype != torch.bool else torch.zeros_like(seen).any()
+        tests = [(covered != count).any(), (lo == 0).all(), (hi == tensor.shape[-1]).all(), other]
+        gaps, *whole, nonzero = torch.stack(tests).tolist()
+    ranges = None if gaps else Ranges(lo=None if whole[0] else lo, hi=None if whole[1] else hi)
+    return Keys(ranges, nonzero)
 
 
 def scan_planes(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import check
-from .algebra import Apart, Causal, Chunked, Mask, SlidingWindow, interval_ranges
+from .algebra import Apart, Causal, Chunked, Mask, SlidingWindow
 from .leaves import BlockListLeaf, CodeLeaf, KeySetLeaf, LayoutLeaf, ModularLeaf, Node
 from .ranges import Ranges, Shape
-from .scan import codes_of, four_dims, scan_planes, scan_tensor, unbroadcast
+from .scan import codes_of, four_dims, scan_keys, scan_planes, scan_tensor, unbroadcast
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -346,7 +346,9 @@ class Dense(Mask):
         seen = unbroadcast(self._full(shape)).to(shape.device)
         if seen.shape[3] == 1:
             return Ranges(hi=seen[..., 0].to(torch.int32) * shape.Sk)
-        return interval_ranges(seen[:, :, 0]) if seen.shape[2] == 1 else None
+        if seen.shape[2] > 1:
+            return None
+        return scan_keys(seen).ranges
 
     def _leaf(self, shape: Shape) -> Node:
         seen = unbroadcast(self._full(shape)).to(shape.device)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..masks import Documents, Prepared, lower
-from ..masks.algebra import interval_ranges
 from ..masks.lower import Lowered
+from ..masks.scan import scan_keys
 from .masking import Maskish, Visibility, split
 
 
@@ -124,7 +124,7 @@ def _ranges(
         shown, bias = split(mask if mask.dim() == 2 else mask.unflatten(0, (B, H)))
         if shown is None:
             return "mask adds to the scores: it is not one range of keys a row"
-        found = interval_ranges(shown.reshape(1, -1, S))
+        found = scan_keys(shown.reshape(1, -1, 1, S)).ranges
         if found is None:
             return "mask is not one range of keys a row"
         shape = (1, 1, S) if mask.dim() == 2 else (B, H, S)
