@@ -67,6 +67,9 @@ class NinjaBuild(build_ext):
 
     def run(self):
         torch, out = find_torch(), Path(self.build_temp).resolve()
+        if self.inplace:
+            # An editable install is given a folder that does not last: take the one that keeps the objects.
+            out = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
             sys.exit("fastattn: building needs ninja: pip install ninja")
         import pybind11
@@ -98,7 +101,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = compile $in",
             "rule link",
-            "  command = g++ -shared $in -o $out $ldflags",
+            "  command = $cxx -shared $in -o $out $ldflags",
             "  description = link $out",
         ]
 
