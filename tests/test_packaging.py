@@ -1,6 +1,7 @@
 """The installing routes, each into a fresh environment that sees an installed torch: marked packaging.
 
-What is installed must work away from the checkout, and building must neither import nor download a torch.
+What is installed must work away from the checkout, and building must neither import nor download a torch. One
+route compiles as a user's does; the others check what is installed, for which unoptimised kernels will do.
 """
 
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -22,6 +24,7 @@ torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention
 from fastattn import kernels, masks, tools, _info
 print(fastattn.__file__, _info.isa())
 """
+UNOPTIMISED = {"CXXFLAGS": "-O0"}
 
 
 def run(*command, cwd, **environment):
@@ -75,41 +78,63 @@ def installed_works(python, tmp_path):
     return where
 
 
+def without_isolation(python, tmp_path):
+    run(python, "-m", "pip", "install", "setuptools>=77", "pybind11>=3.0", "ninja", cwd=tmp_path)
+    return "--no-build-isolation"
+
+
+def assert_no_torch_was_fetched(output):
+    assert "Downloading torch" not in output and "Collecting torch" not in output, output
+
+
+isolations = pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "not isolated"])
+
+
 @pytest.mark.packaging
-@pytest.mark.parametrize("isolation", ["isolated", "not isolated"])
-@pytest.mark.parametrize("editable", ["plain", "editable"])
-def test_pip_install(tree, python, tmp_path, isolation, editable):
-    command = [python, "-m", "pip", "install", "--no-deps"]
-    if isolation == "not isolated":
-        run(python, "-m", "pip", "install", "setuptools>=77", "pybind11>=3.0", "ninja", cwd=tmp_path)
-        command.append("--no-build-isolation")
-    if editable == "editable":
+@isolations
+@pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
+def test_pip_install(tree, python, tmp_path, isolated, editable):
+    command = [python, "-m", "pip", "install"]
+    if not isolated:
+        command.append(without_isolation(python, tmp_path))
+    if editable:
         command.append("-e")
-    out = run(*command, tree, cwd=tmp_path)
-    assert "Downloading torch" not in out and "Collecting torch" not in out
-    where = installed_works(python, tmp_path)
-    assert (str(tree) in where) == (editable == "editable")
+    optimised = isolated and not editable
+    out = run(*command, tree, cwd=tmp_path, **({} if optimised else UNOPTIMISED))
+    assert_no_torch_was_fetched(out)
+    assert (str(tree) in installed_works(python, tmp_path)) == editable
 
 
 @pytest.mark.packaging
-def test_wheel_and_sdist(tree, python, tmp_path):
-    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, tree, cwd=tmp_path)
-    sdist = next(tmp_path.glob("fastattn-*.tar.gz"))
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        sdist,
-        "-w",
-        tmp_path,
-        cwd=tmp_path,
-    )
+@isolations
+def test_pip_wheel(tree, python, tmp_path, isolated):
+    command = [python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path]
+    if not isolated:
+        command.append(without_isolation(python, tmp_path))
+    assert_no_torch_was_fetched(run(*command, tree, cwd=tmp_path, **UNOPTIMISED))
     wheel = next(tmp_path.glob("fastattn-*.whl"))
     assert "abi3" not in wheel.name and "none-any" not in wheel.name
-    run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
+    assert_no_torch_was_fetched(run(python, "-m", "pip", "install", wheel, cwd=tmp_path))
+    installed_works(python, tmp_path)
+
+
+@pytest.mark.packaging
+@isolations
+def test_sdist(tree, python, tmp_path, isolated):
+    """It holds every tracked source, needs no torch to be made, and installs."""
+    options = ["--sdist", "--outdir", tmp_path, *([] if isolated else ["--no-isolation"])]
+    run(sys.executable, "-m", "build", *options, tree, cwd=tmp_path)
+    sdist = next(tmp_path.glob("fastattn-*.tar.gz"))
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "fastattn", "kernels", "benches", "tests", "docs"):
+        wanted = {str(f.relative_to(tree)) for f in (tree / folder).rglob("*") if f.is_file()}
+        built = {name for name in wanted if name.endswith((".so", ".pyc"))}
+        assert wanted - built <= names, sorted(wanted - built - names)
+    command = [python, "-m", "pip", "install"]
+    if not isolated:
+        command.append(without_isolation(python, tmp_path))
+    assert_no_torch_was_fetched(run(*command, sdist, cwd=tmp_path, **UNOPTIMISED))
     installed_works(python, tmp_path)
 
 
