@@ -18,6 +18,10 @@ _OPS = Path(__file__).with_name("_ops.so")
 
 
 def _load() -> None:
+    if not _OPS.exists():
+        raise ImportError(
+            f"fastattn is not built: {_OPS} is missing. `pip install .`, or `make build-inplace`."
+        )
     _info.isa()  # a FASTATTN_ISA that names nothing this machine runs fails here, with what it may be
     try:
         torch.ops.load_library(str(_OPS))

