@@ -34,6 +34,7 @@ class Case:
     inputs: named tensors and settings, for rivals. visible: share of the 64 x 64 granules that the mask
     shows.
     kernel: the name of the kernel that serves ours, or None where there is no choice to explain.
+    facts: what else the result of the row holds.
     """
 
     row: Workload
@@ -42,6 +43,7 @@ class Case:
     limits: tuple[Limit, ...] = ()
     visible: float = 1.0
     kernel: str | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build(row: Workload, device: str = "cpu") -> Case:
@@ -50,6 +52,10 @@ def build(row: Workload, device: str = "cpu") -> Case:
         case = _attention(row, device)
     elif row.op in ("mask-build", "mask-scan"):
         case = _mask_lowering(row, device)
+    elif row.op == "model":
+        from . import models  # it needs transformers
+
+        case = models.case(row, device)
     else:
         case = _row_op(row, device)
     return dataclasses.replace(case, limits=row.limits + case.limits)

@@ -190,6 +190,7 @@ def _time_case(case: Case, ceilings: Ceilings, options: Options) -> dict[str, An
         "ratios": {name: _ratio(timing, ours) for name, timing in timings.items() if name != "ours"},
         "absent": absent,
         "limits": [_judge(limit, timings) for limit in case.limits],
+        **case.facts,
     }
 
 

@@ -57,6 +57,16 @@ class RowShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """A whole model, by its name in `models.MODELS`."""
+
+    model: str
+
+    def __str__(self):
+        return self.model
+
+
+@dataclasses.dataclass(frozen=True)
 class Limit:
     """A promise about one row: the variant `against` takes at least `floor` times as long as the variant
     `of`."""
@@ -72,7 +82,7 @@ class Workload:
     """One row of the table.
 
     op: "attention", "mask-build", "mask-scan", "softmax", "layer_norm", "rms_norm", "add_layer_norm",
-    "add_rms_norm".
+    "add_rms_norm", "model".
     mask: a name in `families.FAMILIES`; spelling: how our side is given it ("flag", "object", "bool",
     "additive", "prepared"). features: what else is asked for, see `FEATURES`.
     training: forward and backward. quick: part of the short form of its suite. rivals: worth timing rivals
@@ -82,7 +92,7 @@ class Workload:
     suite: str
     op: str
     dtype: str
-    shape: AttentionShape | RowShape
+    shape: AttentionShape | RowShape | ModelShape
     mask: str = "none"
     spelling: str = "flag"
     features: tuple[str, ...] = ()
@@ -113,14 +123,16 @@ class Workload:
 
     @property
     def unit(self) -> str:
-        """ "flops" or "bytes": what `work` counts and which ceilings bound it."""
+        """ "flops", "bytes" or "calls": what `work` counts and which ceilings bound it."""
+        if self.op == "model":
+            return "calls"
         return "flops" if self.op == "attention" and "decode" not in self.features else "bytes"
 
     @property
     def ceiling(self) -> str | None:
         """The ceiling that bounds it: a dtype's arithmetic, "read" or "copy" (see `ceilings.py`); None for what
-        no machine's limit explains, a call's latency and the building of a mask from its formula."""
-        if self.op == "mask-build" or "latency" in self.features:
+        no machine's limit explains, a call's latency, the building of a mask from its formula, a whole model."""
+        if self.op in ("mask-build", "model") or "latency" in self.features:
             return None
         if self.unit == "flops":
             return self.dtype
@@ -135,6 +147,8 @@ class Workload:
 def work_of(row: Workload) -> float:
     """The FLOPs or bytes formula of one row."""
     size = torch.finfo(row.torch_dtype).bits // 8
+    if row.op == "model":
+        return 1.0
     if row.op == "attention":
         shape = row.shape
         pairs = FAMILIES[row.mask].visible_pairs(shape)
@@ -378,6 +392,40 @@ def _cpu_training():
             yield _rows(suite, op, dtype, (4096, 1024), floor, training=True, quick=dtype == "bf16")
 
 
+# Encoders that are swapped with pack=True, and without it beside that.
+PACKING = ("bert-base", "roberta-base", "albert-base", "distilbert-base", "electra-small")
+MODELS = (
+    *PACKING,
+    *"openai-gpt gpt2 llama-135m mistral-window qwen3-0.6b gemma2-softcap gpt-oss-sinks t5-small clip-vit-b32".split(),
+    *"vit-base whisper-tiny longformer-base bigbird-base".split(),
+)
+# transformers refuses SDPA for them, or passes by what SDPA has no argument for.
+WITHOUT_SDPA = frozenset(("openai-gpt", "gemma2-softcap", "gpt-oss-sinks", "longformer-base", "bigbird-base"))
+
+
+def _models():
+    for training in (False, True):
+        for model in MODELS:
+            for dtype in ("fp32", "bf16"):
+                against = "eager" if model in WITHOUT_SDPA else "torch"
+                limits = (Limit(against, 1 / 1.02, "at most 2 % slower"),)
+                if model in PACKING:
+                    limits = (Limit(against, 1 / 1.02, "at most 2 % slower", of="unpacked"),)
+                    floor = 1.3 if dtype == "bf16" and not training else 1 / 1.02
+                    limits += (Limit(against, floor, "no layer computes padding"),)
+                quick = model in ("bert-base", "llama-135m")
+                yield Workload(
+                    "models",
+                    "model",
+                    dtype,
+                    ModelShape(model),
+                    training=training,
+                    limits=limits,
+                    quick=quick,
+                    rivals=False,
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """A named list of rows; `missing` says why there are none yet."""
@@ -403,11 +451,7 @@ SUITES: dict[str, Suite] = {
         _suite(
             "modules", "drop-in modules", missing="it needs fastattn.nn, which this version does not have"
         ),
-        _suite(
-            "models",
-            "whole models, swapped",
-            missing="it needs fastattn.swap, which this version does not have",
-        ),
+        _suite("models", "whole models, swapped, beside the same in SDPA and in eager attention", _models),
     )
 }
 
