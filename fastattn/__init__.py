@@ -1,6 +1,6 @@
 """Fused attention, softmax and LayerNorm for PyTorch: any mask at the price of what it shows."""
 
-from . import convert, masks, nn, reference, transforms  # noqa: F401  transforms registers derivatives and vmap rules
+from . import convert, masks, nn, plot, reference, transforms  # noqa: F401  transforms registers derivatives and vmap rules
 from .functional import attention, explain, scaled_dot_product_attention
 from .patch import sdpa_patch
 from .rows import add_layer_norm, add_rms_norm, layer_norm, rms_norm, softmax
@@ -18,6 +18,7 @@ __all__ = [
     "layer_norm",
     "masks",
     "nn",
+    "plot",
     "reference",
     "restore",
     "rms_norm",

@@ -65,6 +65,12 @@ def _bits_of_rows(m: Lowered, start: int, stop: int) -> Tensor:
     return grid[:, :, start - first * GRANULE : stop - first * GRANULE, : m.Sk]
 
 
+def _part(t: Tensor, items: slice, heads: slice) -> Tensor:
+    """Some batch items and heads of what broadcasts over both."""
+    t = t[items] if t.shape[0] > 1 else t
+    return t[:, heads] if t.shape[1] > 1 else t
+
+
 class AttentionWeights:
     """The weights of one call of `fastattn.attention`, computed where they are asked for.
 
@@ -83,15 +89,18 @@ class AttentionWeights:
         self._bias = _total_bias(p, self._lowered)
         self.shape = torch.Size((p.B, p.Hq, p.Sq, p.Sk))
 
-    def rows(self, start: int, stop: int, heads: slice = slice(None)) -> Tensor:
-        """Weights of query rows start..stop - 1 of some query heads: [B, heads, stop - start, Sk]."""
+    def rows(self, start: int, stop: int, heads: slice = slice(None), batch: int | None = None) -> Tensor:
+        """Weights of query rows start..stop - 1 of some query heads: [B, heads, stop - start, Sk], or [1, ...] of one
+        batch item."""
         p = self._problem
         if not 0 <= start <= stop <= p.Sq:
             raise ValueError(f"rows must lie in 0..{p.Sq}, got {start}..{stop}")
         work = torch.float64 if p.dtype == torch.float64 else torch.float32
-        q = p.q[:, heads, start:stop].to(work)
+        items = slice(None) if batch is None else slice(batch, batch + 1)
+        q = p.q[items, heads, start:stop].to(work)
         group = p.Hq // max(p.Hkv, 1)
-        k = p.k[:, heads] if group == 1 else p.k[:, [h // group for h in range(p.Hq)[heads]]]
+        k = p.k[items]
+        k = k[:, heads] if group == 1 else k[:, [h // group for h in range(p.Hq)[heads]]]
         # What a hidden key holds, NaN too, is not to reach q's gradient.
         finite = k.to(work).nan_to_num(0.0, 0.0, 0.0) if k.requires_grad or q.requires_grad else k.to(work)
         scores = torch.matmul(q, finite.transpose(2, 3))
@@ -99,24 +108,25 @@ class AttentionWeights:
         if p.softcap is not None:
             scores, scale = p.softcap * torch.tanh(scores * (scale / p.softcap)), 1.0
         if p.alibi_slopes is not None:
-            slopes = p.alibi_slopes.to(work).reshape(-1, p.Hq)[:, heads, None, None]
+            slopes = _part(p.alibi_slopes.to(work).reshape(-1, p.Hq, 1, 1), items, heads)
             i = torch.arange(start, stop, device=p.device).view(-1, 1)
             scores = scores * scale - slopes * (i - torch.arange(p.Sk, device=p.device)).abs()
             scale = 1.0
-        weights = self._softmax(scores, scale, start, stop, heads)
+        weights = self._softmax(scores, scale, start, stop, items, heads)
         if p.dropout_p:
             i, j = (torch.arange(n, device=p.device) for n in (p.Sq, p.Sk))
-            keep = dropout_keep(p.dropout_seed, p.B, p.Hq, i[start:stop], j, p.dropout_p)[:, heads]
+            keep = dropout_keep(p.dropout_seed, p.B, p.Hq, i[start:stop], j, p.dropout_p)[items, heads]
             weights = torch.where(keep, weights / (1.0 - p.dropout_p), 0.0)
         return weights
 
-    def _softmax(self, scores: Tensor, scale: float, start: int, stop: int, heads: slice) -> Tensor:
+    def _softmax(
+        self, scores: Tensor, scale: float, start: int, stop: int, items: slice, heads: slice
+    ) -> Tensor:
         seen = visible_rows(self._lowered, start, stop)
-        if seen is not None and seen.shape[1] > 1:
-            seen = seen[:, heads]
+        seen = None if seen is None else _part(seen, items, heads)
         bias = self._bias
         if bias is not None:
-            bias = bias[:, heads] if bias.shape[1] > 1 else bias
+            bias = _part(bias, items, heads)
             bias = (bias[:, :, start:stop] if bias.shape[2] > 1 else bias).to(scores.dtype)
         sinks = self._problem.sinks
         if sinks is None:
@@ -128,12 +138,14 @@ class AttentionWeights:
             seen = torch.nn.functional.pad(seen.expand(*seen.shape[:3], self.shape[3]), (0, 1), value=True)
         return softmax(scores, mask=seen)[..., :-1]
 
-    def slabs(self, heads: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first row, weights [B, heads, rows, Sk]), a slab of rows after the other."""
-        B, _, Sq, Sk = self.shape
-        step = max(GRANULE, _SLAB_SCORES // max(B * Sk, 1) // GRANULE * GRANULE)
+    def slabs(self, heads: slice = slice(None), batch: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first row, weights [B, heads, rows, Sk]), a slab of rows after the other; of one batch item where
+        `batch` is given."""
+        B, H, Sq, Sk = self.shape
+        planes = (B if batch is None else 1) * len(range(H)[heads])
+        step = max(GRANULE, _SLAB_SCORES // max(planes * Sk, 1) // GRANULE * GRANULE)
         for start in range(0, Sq, step):
-            yield start, self.rows(start, min(start + step, Sq), heads)
+            yield start, self.rows(start, min(start + step, Sq), heads, batch)
 
     def mean(self) -> Tensor:
         """The mean over heads, [B, Sq, Sk]; heads are added one after the other."""

@@ -314,6 +314,30 @@ def test_what_padding_holds_reaches_nothing():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mask", [None, masks.Causal(), masks.SlidingWindow(2, 3), masks.Strided(3)])
+@pytest.mark.parametrize("length", [6, 4])
+def test_padded_keys_are_not_projected(mask, length):
+    module = MultiheadAttention(E, H, batch_first=True)
+    memory = torch.randn(3, 6, E)
+    query = memory if length == 6 else torch.randn(3, 4, E)
+    padding = torch.tensor([[0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    poisoned = memory.masked_fill(padding.unsqueeze(-1), math.nan)
+    poisoned = poisoned if length == 4 else memory.clone()
+    rows = query if length == 4 else poisoned
+    out, _ = module(rows, poisoned, poisoned, key_padding_mask=padding, attn_mask=mask, need_weights=False)
+    seen = (
+        ~padding[:, None, None] if mask is None else ~padding[:, None, None] & mask.to_dense(length, 6, 3, H)
+    )
+    hidden = ~seen.expand(3, H, length, 6).flatten(0, 1)
+    expected, _ = module(query, memory, memory, attn_mask=hidden, need_weights=False)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+    needs = list(module.parameters())
+    dy = torch.randn_like(out)
+    for a, e in zip(torch.autograd.grad(out, needs, dy), torch.autograd.grad(expected, needs, dy)):
+        if length == 6 or mask is None or type(mask) is not masks.Strided:
+            torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
+
+
 def test_lowest_finite_mask():
     """finfo.min hides next to other keys, and is a uniform row alone (pytorch #109517)."""
     module = MultiheadAttention(E, H, batch_first=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import Causal, Dense, KeyPadding, Mask, Prepared, prepare
+from ..masks import Causal, Dense, KeyPadding, Mask, Prepared, lower
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class Visibility:
         if self.mask is None or isinstance(self.mask, Prepared):
             return self
         B, H, Sq = q_shape
-        q, k = (torch.empty(B, H, length, 0, device=device) for length in (Sq, Sk))
-        return Visibility(prepare(self.mask, q, k), self.bias)
+        lowered = lower(self.mask, B, H, H, Sq, Sk, device)
+        return Visibility(Prepared(lowered, H, "the masks of a stack"), self.bias)
 
 
 Maskish = Tensor | Mask | Prepared | Visibility | None

@@ -60,6 +60,10 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask)
+        if not need_weights and key_padding_mask is not None:
+            out = self._of_real_keys(query, key, value, key_padding_mask, attn_mask, is_causal)
+            if out is not None:
+                return out, None
         q, k, v, seen = self._operands(
             query, key, value, key_padding_mask, attn_mask, is_causal and not need_weights, is_causal
         )
@@ -109,6 +113,30 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         if key_padding_mask is None and attn_mask is None:
             return q, k, v, Visibility()
         return q, k, v, combine(key_padding_mask, attn_mask, sizes, extra=extra, dtype=q.dtype)
+
+    def _of_real_keys(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor | None:
+        """The output with keys and values projected where they are no padding; None where that is not the way."""
+        plain = self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
+        if not (plain and self.batch_first and key is value and query.dim() == 3) or is_causal:
+            return None
+        check_kinds(("key_padding_mask", "attn_mask"), key_padding_mask, attn_mask)
+        _check_shapes(self, query, key, value, key_padding_mask, attn_mask)
+        if key_padding_mask.shape != key.shape[:2]:
+            return None
+        plan = packing.plan_keys(key_padding_mask, attn_mask, self.num_heads, query.shape[1])
+        if plan is None:
+            return None
+        places, seen = plan
+        E, bias = self.embed_dim, self.in_proj_bias
+        weights = self.in_proj_weight.split((E, 2 * E))
+        biases = (None, None) if bias is None else bias.split((E, 2 * E))
+        q = linear(query.flatten(0, 1), weights[0], biases[0])
+        k, v = linear(key.flatten(0, 1).index_select(0, places), weights[1], biases[1]).chunk(2, -1)
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1).unsqueeze(0) for t in (q, k, v)
+        )
+        out = attend(q, k, v, seen, self.dropout if self.training else 0.0)
+        return apply(self.out_proj, out.squeeze(0).transpose(0, 1).flatten(1).unflatten(0, query.shape[:2]))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, each in its input's layout and as few products as the inputs allow."""

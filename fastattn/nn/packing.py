@@ -68,10 +68,19 @@ class Packing:
         return flat.index_copy(0, self.index, x.flatten(0, 1)).unflatten(0, self.lead)
 
 
+def _untraceable() -> str | None:
+    """Why the number of tokens cannot be looked at now."""
+    if torch.compiler.is_compiling():
+        return "the number of tokens is data, and a traced graph has fixed sizes"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func needs the same work for every batch item"
+    return None
+
+
 def plan(
     padding: Tensor, mask: Maskish, heads: int, batch_first: bool, lead: tuple[int, int]
 ) -> Packing | str:
-    """How to pack, or why not.
+    """How to pack a batch, or why not.
 
     Args:
         padding: [B, S], as torch's src_key_padding_mask.
@@ -79,31 +88,65 @@ def plan(
         heads: of the attention.
         lead: the first two sizes of the batch, [B, S] or [S, B].
     """
-    if torch.compiler.is_compiling():
-        return "the number of tokens is data, and a traced graph has fixed sizes"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func needs the same work for every batch item"
+    reason = _untraceable()
+    if reason is not None:
+        return reason
     kept, bias = split(padding)
     if kept is None:
         return "src_key_padding_mask adds to the scores: it is not padding alone"
     B, S = kept.shape
-    between = _ranges(mask, (B, heads, S), kept.device)
+    between = _ranges(mask, (B, heads, S, S), kept.device)
     if isinstance(between, str):
         return between
     places = kept.reshape(-1).nonzero().squeeze(1)
-    # How many tokens are kept before each place: a place's number in the packed order.
+    T = places.shape[0]
+    lo, hi = (_of_tokens(bound, places).expand(1, heads, T) for bound in _packed(kept, between, S))
+    lowered = Lowered(1, heads, T, T, kept.device, lo=lo, hi=hi)
+    index = places if batch_first else places % S * B + places // S
+    return Packing(index, lead, batch_first, Visibility(Prepared(lowered, heads, f"{B} packed sequences")))
+
+
+# With more real keys than this share of all, gathering them costs more than their projections save.
+_MOST_KEYS = 0.9
+
+
+def plan_keys(padding: Tensor, mask: Maskish, heads: int, rows: int) -> tuple[Tensor, Visibility] | None:
+    """How to project and read real keys alone, for `rows` query rows an item, or None where that does not pay.
+
+    Returns the places of the real keys among all B * S, and what the B * rows query rows, in order of items, see of
+    them.
+    """
+    if _untraceable() is not None or isinstance(mask, (Tensor, Prepared, Visibility)):
+        return None
+    kept, _ = split(padding)
+    if kept is None:
+        return None
+    B, S = kept.shape
+    places = kept.reshape(-1).nonzero().squeeze(1)
+    T = places.shape[0]
+    if T > _MOST_KEYS * B * S:
+        return None
+    between = _ranges(mask, (B, heads, rows, S), kept.device)
+    if isinstance(between, str):
+        return None
+    lo, hi = (
+        bound.transpose(0, 1).flatten(1).unsqueeze(0).expand(1, heads, B * rows)
+        for bound in _packed(kept, between, rows)
+    )
+    lowered = Lowered(1, heads, B * rows, T, kept.device, lo=lo, hi=hi)
+    return places, Visibility(Prepared(lowered, heads, f"{T} of {B * S} keys"))
+
+
+def _packed(kept: Tensor, between: tuple[Tensor, Tensor] | None, rows: int) -> tuple[Tensor, Tensor]:
+    """The bounds of what rows see, among packed keys: int32 [B, H or 1, rows] twice."""
+    B, S = kept.shape
+    # How many keys are kept before each place: a place's number in the packed order.
     rank = torch.zeros(B * S + 1, dtype=torch.int32, device=kept.device)
     torch.cumsum(kept.reshape(-1), 0, dtype=torch.int32, out=rank[1:])
     first = (torch.arange(B, device=kept.device) * S).view(B, 1, 1)
     if between is None:
-        lo, hi = (rank[first + end].expand(B, 1, S) for end in (0, S))
-    else:
-        lo, hi = (rank[first + bound].expand(B, bound.shape[1], S) for bound in between)
-    T = places.shape[0]
-    lo, hi = (_of_tokens(bound, places).expand(1, heads, T) for bound in (lo, hi))
-    lowered = Lowered(1, heads, T, T, kept.device, lo=lo, hi=hi)
-    index = places if batch_first else places % S * B + places // S
-    return Packing(index, lead, batch_first, Visibility(Prepared(lowered, heads, f"{B} packed sequences")))
+        return tuple(rank[first + end].expand(B, 1, rows) for end in (0, S))
+    return tuple(rank[first + bound].expand(B, bound.shape[1], rows) for bound in between)
 
 
 def _of_tokens(bound: Tensor, places: Tensor) -> Tensor:
@@ -112,14 +155,14 @@ def _of_tokens(bound: Tensor, places: Tensor) -> Tensor:
 
 
 def _ranges(
-    mask: Maskish, sizes: tuple[int, int, int], device: torch.device
+    mask: Maskish, sizes: tuple[int, int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor] | str | None:
-    """lo and hi, int64 [B or 1, H or 1, S], of what a mask shows; None shows all; a str is why it has none."""
+    """lo and hi, int64 [B or 1, H or 1, L], of what a mask shows; None shows all; a str is why it has none."""
     if mask is None:
         return None
-    B, H, S = sizes
-    i = torch.arange(S, device=device)
-    lo, hi = torch.zeros(1, 1, S, dtype=torch.int64, device=device), torch.full((1, 1, S), S, device=device)
+    B, H, L, S = sizes
+    i = torch.arange(L, device=device)
+    lo, hi = torch.zeros(1, 1, L, dtype=torch.int64, device=device), torch.full((1, 1, L), S, device=device)
     if isinstance(mask, Tensor):
         shown, bias = split(mask if mask.dim() == 2 else mask.unflatten(0, (B, H)))
         if shown is None:
@@ -127,12 +170,12 @@ def _ranges(
         found = scan_keys(shown.reshape(1, -1, 1, S)).ranges
         if found is None:
             return "mask is not one range of keys a row"
-        shape = (1, 1, S) if mask.dim() == 2 else (B, H, S)
+        shape = (1, 1, L) if mask.dim() == 2 else (B, H, L)
         lo = lo if found.lo is None else found.lo.long().view(shape)
         return lo, hi if found.hi is None else found.hi.long().view(shape)
     if isinstance(mask, Visibility):
         return "mask is already combined with a padding mask"
-    lowered = mask.lowered if isinstance(mask, Prepared) else lower(mask, B, H, H, S, S, device)
+    lowered = mask.lowered if isinstance(mask, Prepared) else lower(mask, B, H, H, L, S, device)
     if lowered.has_bits or lowered.bias is not None:
         return f"mask {mask!r} is not one range of keys a row"
     if lowered.lo is not None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .families import FAMILIES
-from .workloads import Limit, Workload
+from .workloads import MODULE_OPS, Limit, Workload
 
 
 class NotAvailable(Exception):
@@ -56,6 +56,10 @@ def build(row: Workload, device: str = "cpu") -> Case:
         from . import models  # it needs transformers
 
         case = models.case(row, device)
+    elif row.op in MODULE_OPS:
+        from . import module_cases
+
+        case = module_cases.build(row, device)
     else:
         case = _row_op(row, device)
     return dataclasses.replace(case, limits=row.limits + case.limits)

@@ -10,6 +10,7 @@ Work is counted by what a caller asked for, not by what a kernel does:
   (batch, query
   head, query, key) tuples that the mask shows; forward and backward: 3.5 times that (5 products beside 2).
 - few query rows (decode): bytes of K and V that are visible, each read once for a group of query heads.
+- modules: 2 floating-point operations a weight and token, and attention's; three times that with the backward.
 - row operations: bytes of every input and output, each moved once.
 - lowering a mask: the bytes of the square as a boolean or, for that spelling, additive tensor.
 """
@@ -22,7 +23,7 @@ import functools
 
 import torch
 
-from .families import FAMILIES, AttentionShape
+from .families import FAMILIES, AttentionShape, padding_lengths
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -82,7 +83,7 @@ class Workload:
     """One row of the table.
 
     op: "attention", "mask-build", "mask-scan", "softmax", "layer_norm", "rms_norm", "add_layer_norm",
-    "add_rms_norm", "model".
+    "add_rms_norm", "model", or a module: "mha", "encoder" (6 layers) and "encoder-layer".
     mask: a name in `families.FAMILIES`; spelling: how our side is given it ("flag", "object", "bool",
     "additive", "prepared"). features: what else is asked for, see `FEATURES`.
     training: forward and backward. quick: part of the short form of its suite. rivals: worth timing rivals
@@ -126,7 +127,8 @@ class Workload:
         """ "flops", "bytes" or "calls": what `work` counts and which ceilings bound it."""
         if self.op == "model":
             return "calls"
-        return "flops" if self.op == "attention" and "decode" not in self.features else "bytes"
+        counted = self.op in ("attention", *MODULE_OPS) and "decode" not in self.features
+        return "flops" if counted else "bytes"
 
     @property
     def ceiling(self) -> str | None:
@@ -144,11 +146,29 @@ class Workload:
         return work_of(self)
 
 
+# The modules, and how many layers of a Transformer each has; width is heads * head size, 4 times that between.
+MODULE_OPS = {"mha": 0, "encoder": 6, "encoder-layer": 1}
+
+
+def _module_work(row: Workload) -> float:
+    """A module's matrix products: a stack is asked for its real tokens, a single module for every row."""
+    shape, layers = row.shape, MODULE_OPS[row.op]
+    width, lengths = shape.hq * shape.d, padding_lengths(shape, 50)
+    if row.op == "encoder":
+        tokens, pairs = sum(lengths), sum(n * n for n in lengths)
+    else:
+        tokens, pairs = shape.b * shape.sq, shape.sq * sum(lengths)
+    products = tokens * width * width * (4 + (8 if layers else 0)) + 2 * pairs * width
+    return 2.0 * max(layers, 1) * products * (3.0 if row.training else 1.0)
+
+
 def work_of(row: Workload) -> float:
     """The FLOPs or bytes formula of one row."""
     size = torch.finfo(row.torch_dtype).bits // 8
     if row.op == "model":
         return 1.0
+    if row.op in MODULE_OPS:
+        return _module_work(row)
     if row.op == "attention":
         shape = row.shape
         pairs = FAMILIES[row.mask].visible_pairs(shape)
@@ -392,6 +412,36 @@ def _cpu_training():
             yield _rows(suite, op, dtype, (4096, 1024), floor, training=True, quick=dtype == "bf16")
 
 
+# What torch offers for a padded batch: the module as it is (its fast path in inference), without that path, and fed
+# with nested tensors made from the padded ones. A promise over the best is one over each.
+MODULE_RIVALS = ("torch", "torch slow path", "torch nested")
+
+
+def _modules():
+    def row(op, dtype, length, floor, training=False):
+        against = MODULE_RIVALS[:1] if training else MODULE_RIVALS if op == "mha" else MODULE_RIVALS[:2]
+        limits = tuple(Limit(name, floor, "the best of torch's ways") for name in against) if floor else ()
+        shape = AttentionShape(8, 12, length, 64)
+        return Workload(
+            "modules",
+            op,
+            dtype,
+            shape,
+            "padding50",
+            "bool",
+            training=training,
+            limits=limits,
+            quick=length == 128,
+            rivals=False,
+        )
+
+    for dtype in ("bf16", "fp32"):
+        for length, mha, encoder in ((128, 1.15, 1.4), (512, 1.5, 1.8)):
+            yield row("mha", dtype, length, mha)
+            yield row("encoder", dtype, length, encoder)
+            yield row("encoder-layer", dtype, length, 1.3 if dtype == "bf16" else None, training=True)
+
+
 # Encoders that are swapped with pack=True, and without it beside that.
 PACKING = ("bert-base", "roberta-base", "albert-base", "distilbert-base", "electra-small")
 MODELS = (
@@ -448,9 +498,7 @@ SUITES: dict[str, Suite] = {
         _suite("masks", "time against the visible area, for every mask and every way of writing it", _masks),
         _suite("cpu-decode", "attention of one query row over a long cache, on the CPU", _cpu_decode),
         _suite("cpu-training", "forward and backward on the CPU", _cpu_training),
-        _suite(
-            "modules", "drop-in modules", missing="it needs fastattn.nn, which this version does not have"
-        ),
+        _suite("modules", "drop-in modules of BERT-base's widths, half of the batch padding", _modules),
         _suite("models", "whole models, swapped, beside the same in SDPA and in eager attention", _models),
     )
 }
@@ -481,7 +529,7 @@ def held_to(rows: list[Workload], isa: str) -> list[Workload]:
 
     def limits(row):
         for limit in row.limits:
-            if limit.against != "torch":
+            if limit.against not in MODULE_RIVALS:
                 yield limit
             elif kept is not None:
                 yield dataclasses.replace(limit, floor=min(limit.floor, kept))

@@ -1,0 +1,221 @@
+"""fastattn.nn under torch's machinery: compile, export, autocast, checkpointing, FSDP2, torch.func."""
+
+import copy
+import os
+import socket
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastattn import masks
+from fastattn import nn as fnn
+
+E, H = 24, 4
+
+
+def encoder(**keywords):
+    layer = fnn.TransformerEncoderLayer(E, H, 40, batch_first=True, **keywords)
+    return fnn.TransformerEncoder(layer, 2, fnn.LayerNorm(E))
+
+
+def batch():
+    padded = torch.zeros(3, 10, dtype=torch.bool)
+    padded[1, 6:] = True
+    padded[2, 1:] = True
+    return torch.randn(3, 10, E), padded
+
+
+def attention_call(module, x, padded):
+    return module(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+
+
+def causal_call(module, x, padded):
+    mask = torch.ones(10, 10, dtype=torch.bool).triu(1)
+    return module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+
+def weights_call(module, x, padded):
+    out, weights = module(x, x, x)
+    return torch.cat((out, weights), -1)
+
+
+def encoder_call(module, x, padded):
+    return module(x, src_key_padding_mask=padded)
+
+
+def transformer_call(module, x, padded):
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(10)
+    return module(x, x, tgt_mask=mask, tgt_is_causal=True, memory_key_padding_mask=padded)
+
+
+CALLS = {
+    "attention": (lambda: fnn.MultiheadAttention(E, H, batch_first=True), attention_call),
+    "attention, causal": (lambda: fnn.MultiheadAttention(E, H, batch_first=True), causal_call),
+    "attention, weights": (lambda: fnn.MultiheadAttention(E, H, batch_first=True), weights_call),
+    "encoder": (lambda: encoder(dropout=0.0), encoder_call),
+    "transformer": (lambda: fnn.Transformer(E, H, 1, 1, 40, 0.0, batch_first=True), transformer_call),
+    "norms": (
+        lambda: torch.nn.Sequential(fnn.LayerNorm(E), fnn.RMSNorm(E), fnn.Softmax(-1)),
+        lambda m, x, p: m(x),
+    ),
+    "grouped": (
+        lambda: fnn.GroupedQueryAttention(E, H, 2, qk_norm="rms_norm", rope=fnn.RotaryEmbedding(6)),
+        lambda m, x, p: m(x, mask=masks.SlidingWindow(3, 0)),
+    ),
+    "shaw": (lambda: fnn.ShawRelativeAttention(E, H, 3), lambda m, x, p: m(x, is_causal=True)),
+    "transformer-xl": (lambda: fnn.TransformerXLAttention(E, H), lambda m, x, p: m(x, x)),
+    "feed forward": (lambda: torch.nn.Sequential(fnn.FeedForward(E, 8, "swiglu")), lambda m, x, p: m(x)),
+    "add norm": (lambda: fnn.AddNorm(E), lambda m, x, p: m(x, x)),
+}
+
+
+def compiles(name, backend):
+    torch._dynamo.reset()
+    make, call = CALLS[name]
+    module = make()
+    x, padded = batch()
+    x.requires_grad_()
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    y, expected = compiled(module, x, padded), call(module, x, padded)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    dy = torch.randn_like(y)
+    needs = [x, *(p for p in module.parameters())]
+    got = torch.autograd.grad(y, needs, dy, allow_unused=True)
+    for a, e in zip(got, torch.autograd.grad(expected, needs, dy, allow_unused=True)):
+        if e is not None:
+            torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-3)
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(module, x, padded), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_whole(name):
+    compiles(name, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_whole_with_inductor(name):
+    compiles(name, "inductor")
+
+
+@pytest.mark.parametrize("name", ["attention", "encoder", "norms"])
+def test_export(name):
+    make, call = CALLS[name]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make().eval()
+
+        def forward(self, x, padded):
+            return call(self.inner, x, padded)
+
+    model, (x, padded) = Model(), batch()
+    program = torch.export.export(model, (x, padded))
+    torch.testing.assert_close(program.module()(x, padded), model(x, padded), atol=1e-5, rtol=1e-4)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert name == "norms" or any(target.startswith("fastattn.attention") for target in targets)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention, weights", "encoder", "transformer"])
+def test_autocast(name):
+    make, call = CALLS[name]
+    module, (x, padded) = make(), batch()
+    theirs = getattr(torch.nn, type(module).__name__)
+    plain = copy.deepcopy(module)
+    expected = call(module, x, padded)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(plain, x, padded)
+    torch.testing.assert_close(y.float(), expected, atol=8e-2, rtol=8e-2)
+    y.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in plain.parameters())
+    assert isinstance(module, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_replays_dropout(reentrant):
+    model = encoder(dropout=0.4)
+    x, padded = batch()
+    results = []
+    for recompute in (False, True):
+        y = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        call = (lambda t: checkpoint(model, t, None, padded, use_reentrant=reentrant)) if recompute else None
+        out = call(y) if recompute else model(y, None, padded)
+        model.zero_grad()
+        out.square().sum().backward()
+        results.append([out, y.grad, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_ensembles_by_vmap():
+    """The way of torch.func's tutorial: parameters stacked, one call for all."""
+    models = [encoder(dropout=0.0).eval() for _ in range(3)]
+    x, padded = batch()
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+
+    def call(p, b):
+        return torch.func.functional_call(base, (p, b), (x,), {"src_key_padding_mask": padded})
+
+    y = torch.vmap(call)(parameters, buffers)
+    for n, model in enumerate(models):
+        torch.testing.assert_close(y[n], model(x, src_key_padding_mask=padded), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_functional_calls():
+    model = fnn.MultiheadAttention(E, H, batch_first=True)
+    x, padded = batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(p):
+        return torch.func.functional_call(model, p, (x, x, x), {"key_padding_mask": padded})[0].square().sum()
+
+    grads = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(grads[name], p.grad, atol=1e-4, rtol=1e-3)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _sharded(rank, port, results):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = encoder(dropout=0.0)
+    plain = copy.deepcopy(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x, padded = batch()
+    y = model(x, src_key_padding_mask=padded)
+    y.square().sum().backward()
+    expected = plain(x, src_key_padding_mask=padded)
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, atol=1e-4, rtol=1e-3)
+    results.put(rank)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo's processes are started by fork or spawn")
+def test_fsdp2_on_two_processes():
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    torch.multiprocessing.spawn(_sharded, (_free_port(), results), nprocs=2)
+    assert {results.get(timeout=10) for _ in range(2)} == {0, 1}
