@@ -420,7 +420,13 @@ MODULE_RIVALS = ("torch", "torch slow path", "torch nested")
 def _modules():
     def row(op, dtype, length, floor, training=False):
         against = MODULE_RIVALS[:1] if training else MODULE_RIVALS if op == "mha" else MODULE_RIVALS[:2]
-        limits = tuple(Limit(name, floor, "the best of torch's ways") for name in against) if floor else ()
+        limits = tuple(
+            Limit(
+                name, floor, "the best of torch's ways", "ours nested" if name == "torch nested" else "ours"
+            )
+            for name in against
+            if floor
+        )
         shape = AttentionShape(8, 12, length, 64)
         return Workload(
             "modules",
