@@ -515,6 +515,10 @@ def test_the_command_reports_without_weights(tmp_path, capsys):
     assert cli.main(["swap", str(tmp_path), "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert sum(e["after"] == "fastattn.attention" for e in entries) == 3
+    transformers.BertConfig(**sizes, architectures=["BertModel"]).save_pretrained(tmp_path)
+    assert cli.main(["swap", str(tmp_path), "--pack"]) == 0
+    table = capsys.readouterr().out
+    assert re.search("encoder +BertEncoder +packs padded batches", table)
     assert cli.main(["swap", "torch.nn:Linear"]) == 2
     assert "torch.nn:Linear cannot be called" in capsys.readouterr().err
 

@@ -113,7 +113,7 @@ MODELS: dict[str, Model] = {
              attn_logit_softcapping=50.0), _text("left")),
     "gpt-oss-sinks": Model("GptOssModel", "GptOssConfig",
         dict(_DECODER, hidden_size=768, intermediate_size=768, num_hidden_layers=2, num_attention_heads=16,
-             num_key_value_heads=4, head_dim=64, sliding_window=96, num_local_experts=2, num_experts_per_tok=1),
+             num_key_value_heads=4, head_dim=64, sliding_window=96, num_local_experts=2, num_experts_per_tok=2),
         _text("left")),
     "t5-small": Model("T5Model", "T5Config",
         dict(vocab_size=TOKENS, d_model=512, d_kv=64, d_ff=2048, num_heads=8, num_layers=2, dropout_rate=0.0,
@@ -150,9 +150,11 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = getattr(transformers, about.cls)(config)
-        for parameter in model.parameters():
+        for path, parameter in model.named_parameters():
             if parameter.dim() > 1:  # scores of a few units, as in trained models
                 nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+                if path.endswith("Attention.q.weight"):  # T5's, which does not scale its scores
+                    parameter.data.mul_(config.d_kv**-0.5)
     model.set_attn_implementation("eager")
     return model.to(dtype).eval()
 

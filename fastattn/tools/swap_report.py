@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="print the table (what this command does in any case)"
     )
+    parser.add_argument("--pack", action="store_true", help="what swap(model, pack=True) would do")
     parser.add_argument("--json", action="store_true", help="print the entries as JSON instead")
     parser.add_argument("--device", default="cpu", help="where the model would run (default cpu)")
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.empty(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {arguments.device} is not here: {error}") from error
-    entries, _, _ = plan(build(arguments.model), arguments.device)
+    entries, _, _ = plan(build(arguments.model), arguments.device, arguments.pack)
     if arguments.json:
         print(json.dumps([asdict(entry) for entry in entries], indent=1))
     else:
