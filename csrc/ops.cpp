@@ -60,20 +60,25 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
       "softmax_out(Tensor x, int dim, Tensor? mask, Tensor? bias, float scale, bool causal, Tensor(a!) out) "
       "-> ()");
   m.def(
-      "norm_fwd(Tensor x, int row_dims, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool "
-      "rms, "
-      "bool need_stats) -> (Tensor y, Tensor stats)");
+      "softmax_bwd(Tensor dy, Tensor y, int dim, Tensor? bias, float scale, ScalarType x_dtype, bool[2] "
+      "needs) "
+      "-> (Tensor dx, Tensor dbias)");
   m.def(
-      "norm_out(Tensor x, int row_dims, Tensor? weight, Tensor? bias, float eps, float weight_offset, bool "
-      "rms, "
-      "Tensor(a!) out) -> ()");
+      "norm_fwd(Tensor x, int row_dims, Tensor? weight, Tensor? bias, float eps, float weight_offset, "
+      "bool rms) -> (Tensor y, Tensor stats)");
+  m.def(
+      "norm_out(Tensor x, int row_dims, Tensor? weight, Tensor? bias, float eps, float weight_offset, "
+      "bool rms, Tensor(a!) out) -> ()");
   m.def(
       "add_norm_fwd(Tensor x, Tensor residual, int row_dims, Tensor? weight, Tensor? bias, float eps, "
-      "float weight_offset, bool rms, ScalarType sum_dtype, bool need_stats) -> (Tensor y, Tensor sum, "
-      "Tensor stats)");
+      "float weight_offset, bool rms, ScalarType sum_dtype) -> (Tensor y, Tensor sum, Tensor stats)");
   m.def(
       "add_norm_out(Tensor x, Tensor residual, int row_dims, Tensor? weight, Tensor? bias, float eps, "
       "float weight_offset, bool rms, Tensor(a!) out, Tensor(b!) sum_out) -> ()");
+  m.def(
+      "norm_bwd(Tensor dy, Tensor? dsum, Tensor h, Tensor stats, int row_dims, Tensor? weight, "
+      "ScalarType? bias_dtype, float weight_offset, bool rms, bool[3] needs) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("_set_isa(str name) -> ()");
   m.def("_set_task_order(int seed) -> ()");
 }

@@ -1,6 +1,5 @@
 // CPU bindings of softmax and the norms.
 #include <tuple>
-#include <vector>
 
 #include "cpu/targets/targets.h"
 #include "parallel.h"
@@ -63,39 +62,6 @@ void softmax_out(const Tensor& x, int64_t dim, OptionalTensor mask, OptionalTens
   run_softmax(x, dim, mask, bias, scale, causal, out);
 }
 
-// A weight as the kernels want it, float with its offset; null where it is absent.
-class Weight {
- public:
-  const float* get(const OptionalTensor& t, int64_t width, double offset, const char* name,
-                   const RowKernels& table) {
-    if (!t) return nullptr;
-    STD_TORCH_CHECK(t->numel() == width && t->is_contiguous(), "fastattn: ", name,
-                    " must be contiguous and hold ", width, " numbers");
-    const Storage storage = storage_of(*t, name);
-    if (storage == Storage::kFloat && offset == 0) return static_cast<const float*>(t->const_data_ptr());
-    converted_.resize(width);
-    table.widen(storage, t->const_data_ptr(), width, float(offset), converted_.data());
-    return converted_.data();
-  }
-  const float* ones(int64_t width) {
-    converted_.assign(width, 1.f);
-    return converted_.data();
-  }
-
- private:
-  std::vector<float> converted_;
-};
-
-RowTensor norm_tensor(const Tensor& t, int64_t row_dims, const char* name) {
-  int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= t.dim() - row_dims; --d) {
-    STD_TORCH_CHECK(t.stride(d) == expected || t.size(d) <= 1, "fastattn: the normalized dimensions of ",
-                    name, " must be contiguous");
-    expected *= t.size(d);
-  }
-  return row_tensor(t, name);
-}
-
 struct NormOptions {
   int64_t row_dims;
   const OptionalTensor &weight, &bias;
@@ -139,20 +105,18 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   run_tasks(a.tasks(), table.norm_scratch(a), [&](int64_t i, void* scratch) { task(a, i, scratch); });
 }
 
-// [3 or 1, rows], or empty.
-Tensor new_stats(const Tensor& x, int64_t row_dims, bool rms, bool wanted) {
-  int64_t rows = wanted ? 1 : 0;
+Tensor new_stats(const Tensor& x, int64_t row_dims, bool rms) {
+  int64_t rows = 1;
   for (int64_t d = 0; d < x.dim() - row_dims; ++d) rows *= x.size(d);
   return new_tensor({rms ? 1 : kNormStats, rows}, ScalarType::Float);
 }
 
 std::tuple<Tensor, Tensor> norm_fwd(const Tensor& x, int64_t row_dims, OptionalTensor weight,
-                                    OptionalTensor bias, double eps, double weight_offset, bool rms,
-                                    bool need_stats) {
+                                    OptionalTensor bias, double eps, double weight_offset, bool rms) {
   Tensor y = new_tensor(x.sizes(), x.scalar_type());
-  Tensor stats = new_stats(x, row_dims, rms, need_stats);
+  Tensor stats = new_stats(x, row_dims, rms);
   run_norm(x, nullptr, {row_dims, weight, bias, eps, weight_offset, rms}, y, nullptr,
-           need_stats ? static_cast<float*>(stats.mutable_data_ptr()) : nullptr);
+           static_cast<float*>(stats.mutable_data_ptr()));
   return {y, stats};
 }
 
@@ -163,12 +127,11 @@ void norm_out(const Tensor& x, int64_t row_dims, OptionalTensor weight, Optional
 
 std::tuple<Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x, const Tensor& residual, int64_t row_dims,
                                                 OptionalTensor weight, OptionalTensor bias, double eps,
-                                                double weight_offset, bool rms, ScalarType sum_dtype,
-                                                bool need_stats) {
+                                                double weight_offset, bool rms, ScalarType sum_dtype) {
   Tensor y = new_tensor(x.sizes(), x.scalar_type()), sum = new_tensor(x.sizes(), sum_dtype);
-  Tensor stats = new_stats(x, row_dims, rms, need_stats);
+  Tensor stats = new_stats(x, row_dims, rms);
   run_norm(x, &residual, {row_dims, weight, bias, eps, weight_offset, rms}, y, &sum,
-           need_stats ? static_cast<float*>(stats.mutable_data_ptr()) : nullptr);
+           static_cast<float*>(stats.mutable_data_ptr()));
   return {y, sum, stats};
 }
 

@@ -30,16 +30,25 @@ struct GridTensor {
 };
 
 // Fills in the grid of the first tensor's dimensions but [row_begin, row_end), and every tensor's strides
-// over it. A dimension is merged into its outer neighbour where all strides allow it; keep_last keeps the
-// last one apart.
+// over it. A dimension is merged into the one before it where all strides allow it; keep_last keeps the last
+// one apart. The dimensions that `leader` does not span, if there is one, come last.
 inline RowGrid make_grid(std::initializer_list<GridTensor> tensors, int64_t row_begin, int64_t row_end,
-                         bool keep_last = false) {
+                         bool keep_last = false, const Tensor* leader = nullptr) {
   const Tensor& x = *tensors.begin()->tensor;
   RowGrid grid{};
   grid.rows = 1;
-  const int64_t last = row_end == x.dim() ? row_begin - 1 : x.dim() - 1;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (d >= row_begin && d < row_end) continue;
+  const int64_t rank = x.dim(), last = row_end == rank ? row_begin - 1 : rank - 1;
+  std::vector<int64_t> order;
+  const auto spans = [&](int64_t d) {
+    const int64_t at = leader ? d - (rank - leader->dim()) : -1;
+    return at >= 0 && leader->size(at) > 1;
+  };
+  for (const bool spanned : {true, false}) {
+    for (int64_t d = 0; d < rank; ++d) {
+      if ((d < row_begin || d >= row_end) && spans(d) == spanned) order.push_back(d);
+    }
+  }
+  for (const int64_t d : order) {
     const int64_t size = x.size(d);
     grid.rows *= size;
     const bool apart = keep_last && d == last;
@@ -48,7 +57,7 @@ inline RowGrid make_grid(std::initializer_list<GridTensor> tensors, int64_t row_
     int64_t strides[8], k = 0;
     for (const GridTensor& g : tensors) {
       if (!g.tensor) continue;
-      const int64_t at = d - (x.dim() - g.tensor->dim());
+      const int64_t at = d - (rank - g.tensor->dim());
       strides[k] = at < 0 ? 0 : broadcast_stride(*g.tensor, at, size, g.name);
       merges &= g.row->stride[std::max(grid.dims - 1, 0)] == strides[k++] * size;
     }
@@ -93,6 +102,39 @@ inline void advise_large_pages([[maybe_unused]] const Tensor& out) {
   const uintptr_t begin = (data + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// A weight as the kernels want it, float with its offset; null where it is absent.
+class Weight {
+ public:
+  const float* get(const OptionalTensor& t, int64_t width, double offset, const char* name,
+                   const RowKernels& table) {
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->numel() == width && t->is_contiguous(), "fastattn: ", name,
+                    " must be contiguous and hold ", width, " numbers");
+    const Storage storage = storage_of(*t, name);
+    if (storage == Storage::kFloat && offset == 0) return static_cast<const float*>(t->const_data_ptr());
+    converted_.resize(width);
+    table.widen(storage, t->const_data_ptr(), width, float(offset), converted_.data());
+    return converted_.data();
+  }
+  const float* ones(int64_t width) {
+    converted_.assign(width, 1.f);
+    return converted_.data();
+  }
+
+ private:
+  std::vector<float> converted_;
+};
+
+inline RowTensor norm_tensor(const Tensor& t, int64_t row_dims, const char* name) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= t.dim() - row_dims; --d) {
+    STD_TORCH_CHECK(t.stride(d) == expected || t.size(d) <= 1, "fastattn: the normalized dimensions of ",
+                    name, " must be contiguous");
+    expected *= t.size(d);
+  }
+  return row_tensor(t, name);
 }
 
 }  // namespace fastattn

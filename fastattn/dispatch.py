@@ -100,8 +100,8 @@ def _refuse_rows_cpu(p: RowProblem) -> str | None:
             return f"{name} is {name_of(dtype)}, which is computed by the reference"
     if p.has_tangents():
         return _FORWARD_AD
-    if p.needs_grad():
-        return "an argument requires a gradient, and the backward kernel is not in this version"
+    if p.is_transformed():
+        return "torch.func transforms the call, at any depth and order: that takes plain PyTorch"
     if p.x.dim() == 0:
         return "x is a single number, without a row"
     if p.x.dim() > 9:

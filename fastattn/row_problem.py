@@ -65,6 +65,10 @@ class RowProblem:
             return False
         return any(forward_ad.unpack_dual(t).tangent is not None for t in self.tensors().values())
 
+    def is_transformed(self) -> bool:
+        """Under vmap, grad, vjp or jvp of torch.func."""
+        return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
 
 def _given(x) -> str:
     return f"{name_of(x.dtype)} {list(x.shape)}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r:.60}"

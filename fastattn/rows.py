@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _info, reference, row_ops  # noqa: F401  row_ops registers fakes
+from . import _info, reference
 from .dispatch import ROW_KERNELS, Choice, choose
 from .problem import name_of
+from .row_ops import as_rows, rows_contiguous
 from .row_problem import RowProblem, norm_problem, softmax_problem
 
 __all__ = ["add_layer_norm", "add_rms_norm", "explain", "layer_norm", "rms_norm", "softmax"]
@@ -268,7 +269,7 @@ class Explanation:
         if self.kernel == "cpu" and p.op != "softmax":
             for name in ("x", "residual"):
                 t = getattr(p, name)
-                if t is not None and not _rows_contiguous(t, len(p.normalized_shape)):
+                if t is not None and not rows_contiguous(t, len(p.normalized_shape)):
                     self.notes.append(f"{name} is copied once: its normalized dimensions are not contiguous")
 
     def __str__(self) -> str:
@@ -348,10 +349,10 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _through_torch() -> bool:
-    """Whether a transform watches: then an op has to be functional. Else it writes into a tensor made here, which
-    costs less than half of what a functional op with autograd does."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+def _functional(p: RowProblem) -> bool:
+    """Whether the op has to be a function, for autograd or the compiler. Else it writes into a tensor made here, at
+    less than half of the cost."""
+    return torch.compiler.is_compiling() or p.needs_grad()
 
 
 def _new(p: RowProblem, dtype: torch.dtype) -> Tensor:
@@ -379,25 +380,13 @@ def _run_softmax(p: RowProblem) -> Tensor:
         x = x.contiguous()
     scale = 1.0 if p.scale is None else p.scale
     arguments = (x, p.dim, _along(p.mask, p), _along(p.bias, p), scale, p.causal)
-    if p.out is None and _through_torch():
+    if p.out is None and _functional(p):
         return _softmax_fwd(*arguments, p.dtype == torch.float32)
     out = _new(p, p.dtype) if p.out is None else p.out
     if p.causal and out.stride(-1) != 1 and out.shape[-1] > 1:
         return out.copy_(_softmax_fwd(*arguments, p.dtype == torch.float32))
     _softmax_out(*arguments, out)
     return out
-
-
-def _rows_contiguous(t: Tensor, row_dims: int) -> bool:
-    """Whether the last dimensions are, together, one run of elements."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for size, stride in zip(reversed(t.shape[-row_dims:]), reversed(t.stride()[-row_dims:])):
-        if stride != expected and size != 1:
-            return False
-        expected *= size
-    return True
 
 
 def _norm_arguments(p: RowProblem) -> tuple:
@@ -407,10 +396,6 @@ def _norm_arguments(p: RowProblem) -> tuple:
     return row_dims, weight, bias, p.eps, p.weight_offset, p.rms
 
 
-def _as_rows(t: Tensor, p: RowProblem) -> Tensor:
-    return t if _rows_contiguous(t, len(p.normalized_shape)) else t.contiguous()
-
-
 def _norm(p: RowProblem) -> Tensor:
     if choose(p, ROW_KERNELS).kernel.name == "reference":
         extra = () if p.rms else (p.bias,)
@@ -418,15 +403,15 @@ def _norm(p: RowProblem) -> Tensor:
             p.x, p.normalized_shape, p.weight, *extra, p.eps, weight_offset=p.weight_offset
         )
         return y if p.out is None else p.out.copy_(y)
-    arguments = _norm_arguments(p)
-    x = _as_rows(p.x, p)
-    if p.out is None and _through_torch():
-        return _norm_fwd(x, *arguments, False)[0]
+    arguments, row_dims = _norm_arguments(p), len(p.normalized_shape)
+    x = as_rows(p.x, row_dims)
+    if p.out is None and _functional(p):
+        return _norm_fwd(x, *arguments)[0]
     out = _new(p, p.x.dtype) if p.out is None else p.out
-    if _rows_contiguous(out, len(p.normalized_shape)):
+    if rows_contiguous(out, row_dims):
         _norm_out(x, *arguments, out)
         return out
-    return out.copy_(_norm_fwd(x, *arguments, False)[0])
+    return out.copy_(_norm_fwd(x, *arguments)[0])
 
 
 def _add_norm(p: RowProblem) -> tuple[Tensor, Tensor]:
@@ -443,12 +428,11 @@ def _add_norm(p: RowProblem) -> tuple[Tensor, Tensor]:
             sum_dtype=p.sum_dtype,
         )
         return _store(y, p.out), _store(total, p.sum_out)
-    arguments = _norm_arguments(p)
-    x, residual = _as_rows(p.x, p), _as_rows(p.residual, p)
-    row_dims = len(p.normalized_shape)
+    arguments, row_dims = _norm_arguments(p), len(p.normalized_shape)
+    x, residual = as_rows(p.x, row_dims), as_rows(p.residual, row_dims)
     outs = [t for t in (p.out, p.sum_out) if t is not None]
-    if (not outs and _through_torch()) or not all(_rows_contiguous(t, row_dims) for t in outs):
-        y, total, _ = _add_norm_fwd(x, residual, *arguments, p.sum_dtype, False)
+    if (not outs and _functional(p)) or not all(rows_contiguous(t, row_dims) for t in outs):
+        y, total, _ = _add_norm_fwd(x, residual, *arguments, p.sum_dtype)
         return _store(y, p.out), _store(total, p.sum_out)
     out = _new(p, p.x.dtype) if p.out is None else p.out
     sum_out = _new(p, p.sum_dtype) if p.sum_out is None else p.sum_out

@@ -99,3 +99,27 @@ def check_add_norm(name: str, x, residual, shape, eps: float = 1e-5, sum_dtype=N
     fresh = function(x, residual, shape, eps=eps, sum_dtype=sum_dtype, **arguments)
     assert same_bits(fresh[0], y) and same_bits(fresh[1], total)
     return y, total
+
+
+def gradients(function, inputs, douts):
+    """Of each floating-point input, from the outputs' gradients `douts`; an input given twice counts once."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return torch.autograd.grad(outs, leaves, [d.to(o.dtype) for d, o in zip(douts, outs)])
+
+
+def check_gradients(function, specification, inputs, douts, theirs=None, what=""):
+    """Each gradient against float64 and, where torch has the call, against torch's; returns them."""
+    ours = gradients(function, inputs, douts)
+    exact = gradients(specification, [t.double() for t in inputs], [d.double() for d in douts])
+    rivals = gradients(theirs, inputs, douts) if theirs else [None] * len(inputs)
+    for i, (a, b, c, t) in enumerate(zip(ours, exact, rivals, inputs)):
+        assert a.dtype == t.dtype and a.shape == t.shape
+        assert_right(a, b, c, f"{what} input {i} {list(t.shape)} {t.dtype}")
+    return ours
+
+
+def over(function, n, **arguments):
+    """A norm over `n` as a function of its tensors: x, weights."""
+    return lambda x, *weights: function(x, n, *weights, **arguments)

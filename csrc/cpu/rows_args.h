@@ -65,9 +65,35 @@ struct NormArgs {
 // the first only.
 constexpr int kNormStats = 3;
 
+// ds = y * (dy - sum(dy * y)); dx = scale * ds; dbias = the sum of ds over the rows that share a row of bias.
+struct SoftmaxBackwardArgs {
+  RowGrid
+      grid;  // with dbias: the dimensions that bias spans come first, so that rows sharing one are neighbours
+  int64_t width, rows_per_task;
+  RowTensor dy, y, dx;    // dy: y's storage, dx: that or y is float; dx may be absent
+  float* dbias;           // null, or [bias rows, parts, width], a sum a task
+  int64_t shared, parts;  // with dbias: rows to a row of bias, and tasks
+  float scale;
+  bool stream;
+
+  FASTATTN_INLINE bool gathers() const { return dy.column != 1 || y.column != 1 || dx.column != 1; }
+};
+
+// See norm_backward.h. Rows are contiguous.
+struct NormBackwardArgs {
+  RowGrid grid;
+  int64_t width, tasks;
+  RowTensor dy, h, dsum, dx;  // h, dsum and dx have one storage; dsum and dx may be absent
+  const float *weight, *stats;
+  float *dweight, *dbias;  // null, or [tasks, width], a sum a task; dbias only with dweight
+  bool rms, stream;
+};
+
 // Runs one task; `scratch` is 64-byte aligned, belongs to the calling thread and has the bytes asked for.
 using SoftmaxTask = void (*)(const SoftmaxArgs&, int64_t task, void* scratch);
 using NormTask = void (*)(const NormArgs&, int64_t task, void* scratch);
+using SoftmaxBackwardTask = void (*)(const SoftmaxBackwardArgs&, int64_t task, void* scratch);
+using NormBackwardTask = void (*)(const NormBackwardArgs&, int64_t task, void* scratch);
 
 // Tasks are indexed by the Storage of x.
 struct RowKernels {
@@ -75,8 +101,15 @@ struct RowKernels {
   int64_t (*softmax_scratch)(const SoftmaxArgs&);
   NormTask norm[3];
   int64_t (*norm_scratch)(const NormArgs&);
+  SoftmaxBackwardTask softmax_backward[3][2];  // by the storage of dx; [.][1]: y is float
+  int64_t (*softmax_backward_scratch)(const SoftmaxBackwardArgs&);
+  NormBackwardTask norm_backward[3];  // by the storage of h
+  int64_t (*norm_backward_scratch)(const NormBackwardArgs&);
   // n numbers plus an offset, as floats.
   void (*widen)(Storage, const void*, int64_t n, float offset, float* out);
+  // Columns [from, to) of the sum of `count` rows of `width` numbers, added in their order.
+  void (*add_parts)(const float* parts, int64_t count, int64_t width, int64_t from, int64_t to,
+                    const RowTensor& out);
 };
 
 }  // namespace fastattn
