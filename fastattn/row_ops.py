@@ -133,13 +133,13 @@ def _norm_by_formula(ctx, h, weight, bias, dy, dsum):
     """The gradients of h, weight and bias by torch, of the reference: for second derivatives."""
     row_dims, eps, offset, rms = ctx.options
     shape = h.shape[h.dim() - row_dims :]
-    h_in = h.view_as(h)  # a node of its own: h may be what dy was computed from
-    work = h_in.float()
+    # Nodes of their own: one of the three may be computed from another, or be the same tensor.
+    h, weight, bias = inputs = [None if t is None else t.view_as(t) for t in (h, weight, bias)]
     if rms:
-        y = reference.rms_norm(work, shape, weight, eps, weight_offset=offset)
+        y = reference.rms_norm(h.float(), shape, weight, eps, weight_offset=offset)
     else:
-        y = reference.layer_norm(work, shape, weight, bias, eps, weight_offset=offset)
-    wanted = [t for t, need in zip((h_in, weight, bias), ctx.needs) if need]
+        y = reference.layer_norm(h.float(), shape, weight, bias, eps, weight_offset=offset)
+    wanted = [t for t, need in zip(inputs, ctx.needs) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, materialize_grads=True))
     dh, dweight, dbias = (next(grads) if need else None for need in ctx.needs)
     if dsum is not None and dh is not None:

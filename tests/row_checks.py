@@ -109,13 +109,18 @@ def gradients(function, inputs, douts):
     return torch.autograd.grad(outs, leaves, [d.to(o.dtype) for d, o in zip(douts, outs)])
 
 
-def check_gradients(function, specification, inputs, douts, theirs=None, what=""):
-    """Each gradient against float64 and, where torch has the call, against torch's; returns them."""
+def check_gradients(function, specification, inputs, douts, theirs=None, what="", precision=None):
+    """Each gradient against float64 and, where torch has the call, against torch's; returns them.
+
+    precision: a dtype to judge all by, where a result that was rounded to it is what they are computed from.
+    """
     ours = gradients(function, inputs, douts)
     exact = gradients(specification, [t.double() for t in inputs], [d.double() for d in douts])
     rivals = gradients(theirs, inputs, douts) if theirs else [None] * len(inputs)
     for i, (a, b, c, t) in enumerate(zip(ours, exact, rivals, inputs)):
         assert a.dtype == t.dtype and a.shape == t.shape
+        if precision and a.dtype == torch.float32:
+            a = a.to(precision)
         assert_right(a, b, c, f"{what} input {i} {list(t.shape)} {t.dtype}")
     return ours
 

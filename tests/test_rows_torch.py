@@ -33,8 +33,8 @@ def test_opcheck_norms(dtype, rms):
     for x in layouts(dtype):
         new = torch.empty(x.shape, dtype=dtype)
         common = (1, weight, bias, 1e-5, 1.0, rms)
-        opcheck(ops.norm_fwd.default, (x, *common, True))
-        opcheck(ops.add_norm_fwd.default, (x, x.float(), *common, torch.float32, False))
+        opcheck(ops.norm_fwd.default, (x, *common))
+        opcheck(ops.add_norm_fwd.default, (x, x.float(), *common, torch.float32))
         opcheck(ops.norm_out.default, (x, *common, new))
         opcheck(ops.add_norm_out.default, (x, x.float(), *common, new, torch.empty(x.shape)))
 

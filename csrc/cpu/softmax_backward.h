@@ -1,7 +1,7 @@
 // Backward of softmax, from its result:
 //
-//   ds = y * (dy - sum(dy * y)),   dx = scale * ds,   dbias = the sum of ds over the rows that share a row of
-//   bias
+//   ds = y * (dy - sum(dy * y)),   dx = scale * ds
+//   dbias = the sum of ds over the rows that share a row of bias
 //
 // A row that mask and bias emptied has y = 0, and so a gradient of 0. The rows of one bias row are summed by
 // a number of tasks that depends on shapes only, and those sums are added in order.
@@ -20,6 +20,7 @@ FASTATTN_INLINE void softmax_backward_row(const SoftmaxBackwardArgs& a, const Y*
   for (int64_t from = 0; from < a.width; from += kChunk) {
     F32 s[4] = {zero(), zero(), zero(), zero()};
     each_of_four(smaller(kChunk, a.width - from), s, [&](int64_t i, F32 acc, auto at) {
+      if (dx && !a.stream) __builtin_prefetch(dx + from + i, 1);
       return fma(at.load(dy + from + i), at.load(y + from + i), acc);
     });
     total += reduce_add((s[0] + s[1]) + (s[2] + s[3]));
