@@ -45,6 +45,7 @@ void run_softmax(const Tensor& x, int64_t dim, const OptionalTensor& mask, const
   a.rows_per_task = rows_per_task(a.width);
   advise_large_pages(out);
   a.stream = is_large(out) && a.out.column == 1 && a.out.data != a.x.data;
+  a.ahead = outgrows_caches(x);
   const RowKernels& table = kernels().rows;
   const SoftmaxTask task = table.softmax[int(a.x.storage)][a.out.storage == Storage::kFloat];
   run_tasks(a.tasks(), table.softmax_scratch(a), [&](int64_t i, void* scratch) { task(a, i, scratch); });
@@ -95,6 +96,7 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   const auto apart = [&](const void* out) { return out != a.x.data && out != a.residual.data; };
   advise_large_pages(y);
   if (sum) advise_large_pages(*sum);
+  a.ahead = outgrows_caches(x);
   a.stream = is_large(y) && apart(a.y.data) && (!sum || apart(a.sum.data));
   const RowKernels& table = kernels().rows;
   Weight weight, bias;

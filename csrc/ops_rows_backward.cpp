@@ -61,6 +61,7 @@ std::tuple<Tensor, Tensor> softmax_bwd(const Tensor& dy, const Tensor& y, int64_
     torch::stable::zero_(dbias);
     return {dx, dbias};
   }
+  a.ahead = outgrows_caches(y);
   const RowKernels& table = kernels().rows;
   const SoftmaxBackwardTask task = table.softmax_backward[int(a.dx.storage)][a.y.storage == Storage::kFloat];
   int64_t tasks;
@@ -125,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, OptionalTensor dsu
   STD_TORCH_CHECK(stats.is_contiguous() && stats.numel() == (rms ? 1 : kNormStats) * a.grid.rows,
                   "fastattn: stats must be those of the forward");
   a.stats = static_cast<const float*>(stats.const_data_ptr());
+  a.ahead = outgrows_caches(h);
   const RowKernels& table = kernels().rows;
   Weight converted;
   a.weight =

@@ -93,6 +93,9 @@ inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarT
   return Tensor(handle);
 }
 
+// Whether a tensor outgrows the second-level caches, so that its lines are worth asking for ahead.
+inline bool outgrows_caches(const Tensor& t) { return bytes_of(t) >= int64_t(1) << 20; }
+
 // Memory that was never touched costs a page fault every 4 KB, which is more than the arithmetic of a row
 // kernel (two outputs of 16 MB in a training step: 8161 faults, four times the rest); large pages cost one in
 // 512 of them. malloc gives memory of this size back to the system when it is freed, so it is untouched more

@@ -223,6 +223,15 @@ def test_large(name):
     (dx,) = gradients(lambda x: getattr(rows, name)(x, 1031), [x], [dy])
     (part,) = gradients(lambda x: getattr(rows, name)(x, 1031), [x[-50:]], [dy[-50:]])
     assert same_bits(dx[-50:], part)
+    # Rows too long for a block of several, the first of them aligned and the others not.
+    n = 262145
+    given = [torch.randn(33, n), *parameters(name, n, torch.float32)]
+    dy = torch.randn(33, n)
+    results = gradients(over(getattr(rows, name), n), given, [dy])
+    part = gradients(over(getattr(rows, name), n), [given[0][-2:], *given[1:]], [dy[-2:]])
+    assert same_bits(results[0][-2:], part[0])
+    if name == "layer_norm":
+        assert_right(results[-1], dy.double().sum(0), dy.sum(0))
 
 
 @pytest.mark.parametrize("name", NORMS)

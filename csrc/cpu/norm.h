@@ -26,8 +26,8 @@ struct TwoSums {
   F32 first, second;
 };
 
-// Sums of a chunk around a pivot near its mean. A long row asks for its next chunk meanwhile, and for the
-// lines that y is written to: else memory would stand still.
+// Sums of a chunk around a pivot near its mean. Asks for what lies a chunk ahead meanwhile, and for the lines
+// that y is written to: else memory would stand still, and the hardware's own prefetch ends with each 4 KB.
 template <bool AHEAD, class T, class Y>
 FASTATTN_INLINE void centred_sums(const T* x, int64_t n, float pivot, [[maybe_unused]] Y* y, double* sum,
                                   double* squares) {
@@ -73,7 +73,10 @@ FASTATTN_INLINE Moments mean_square(const T* h, int64_t n, [[maybe_unused]] Y* y
     F32 s[4] = {zero(), zero(), zero(), zero()};
     each_of_four(smaller(kChunk, n - from), s, [&](int64_t i, F32 acc, auto at) {
       const F32 x = at.load(h + from + i);
-      if constexpr (AHEAD) __builtin_prefetch(y + from + i, 1);
+      if constexpr (AHEAD) {
+        __builtin_prefetch(h + from + i + kChunk);
+        __builtin_prefetch(y + from + i, 1);
+      }
       return fma(x, x, acc);
     });
     squares += reduce_add((s[0] + s[1]) + (s[2] + s[3]));
@@ -83,7 +86,7 @@ FASTATTN_INLINE Moments mean_square(const T* h, int64_t n, [[maybe_unused]] Y* y
 
 template <bool RMS, class T, class Y>
 Moments moments(const NormArgs& a, const T* h, Y* y) {
-  const bool ahead = a.width > kChunk && !a.stream;
+  const bool ahead = a.ahead && !a.stream;
   if constexpr (RMS) return ahead ? mean_square<true>(h, a.width, y) : mean_square<false>(h, a.width, y);
   else return ahead ? mean_and_variance<true>(h, a.width, y) : mean_and_variance<false>(h, a.width, y);
 }

@@ -22,7 +22,7 @@ enum class Sums { kNone, kWeight, kBoth };
 
 constexpr int kBlockRows = 8;
 constexpr int64_t kRowBlockBytes = int64_t(256) << 10;  // of h and dy: a quarter of the second-level cache
-constexpr int64_t kNearBlocks = 16;                  // blocks to a near sum
+constexpr int64_t kNearBlocks = 16;                     // blocks to a near sum
 constexpr int kColumnVectors = kLanes == 16 ? 4 : 2;
 
 template <class H, class D>
@@ -64,10 +64,11 @@ FASTATTN_INLINE void row_means(const NormBackwardArgs& a, BlockRow<H, D>& row) {
   row.mean_g = float(sum / double(a.width)), row.mean_gn = float(product / double(a.width));
 }
 
-// VECTORS vectors of columns from `i` on, through all rows of a block.
-template <int VECTORS, bool RMS, Sums SUMS, class H, class D, class At>
+// VECTORS vectors of columns from `i` on, through all rows of a block; `to` stores dx. Asks for the next
+// block meanwhile, `count` rows on where rows are neighbours: memory would stand still else.
+template <int VECTORS, bool RMS, Sums SUMS, class H, class D, class At, class To>
 FASTATTN_INLINE void block_columns(const NormBackwardArgs& a, const BlockRow<H, D>* rows, int count,
-                                   int64_t i, At at, [[maybe_unused]] float* dweight,
+                                   int64_t i, At at, To to, [[maybe_unused]] float* dweight,
                                    [[maybe_unused]] float* dbias) {
   F32 weight[VECTORS], dw[VECTORS], db[VECTORS];
   for (int v = 0; v < VECTORS; ++v) {
@@ -79,6 +80,10 @@ FASTATTN_INLINE void block_columns(const NormBackwardArgs& a, const BlockRow<H, 
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t j = i + v * kLanes;
       const F32 d = at.load(row.dy + j), n = normalised<RMS>(at.load(row.h + j), row);
+      if (a.ahead) {
+        __builtin_prefetch(row.h + j + count * a.width, 0, 2);
+        __builtin_prefetch(row.dy + j + count * a.width, 0, 2);
+      }
       if constexpr (SUMS != Sums::kNone) dw[v] = fma(d, n, dw[v]);
       if constexpr (SUMS == Sums::kBoth) db[v] = db[v] + d;
       if (!row.dx) continue;
@@ -86,7 +91,7 @@ FASTATTN_INLINE void block_columns(const NormBackwardArgs& a, const BlockRow<H, 
       if constexpr (!RMS) g = g - mean_g;
       F32 dx = fms(n, mean_gn, g) * minus_rstd;
       if (row.dsum) dx = dx + at.load(row.dsum + j);
-      at.store(row.dx + j, dx);
+      to.store(row.dx + j, dx);
     }
   }
   for (int v = 0; v < VECTORS; ++v) {
@@ -96,18 +101,19 @@ FASTATTN_INLINE void block_columns(const NormBackwardArgs& a, const BlockRow<H, 
   }
 }
 
-template <bool RMS, Sums SUMS, class H, class D, class At>
-void norm_backward_block(const NormBackwardArgs& a, const BlockRow<H, D>* rows, int count, At whole,
+template <bool RMS, Sums SUMS, class H, class D, class To>
+void norm_backward_block(const NormBackwardArgs& a, const BlockRow<H, D>* rows, int count, To to,
                          float* dweight, float* dbias) {
   constexpr int64_t kStep = kColumnVectors * kLanes;
   int64_t i = 0;
   for (; i + kStep <= a.width; i += kStep) {
-    block_columns<kColumnVectors, RMS, SUMS>(a, rows, count, i, whole, dweight, dbias);
+    block_columns<kColumnVectors, RMS, SUMS>(a, rows, count, i, Whole{}, to, dweight, dbias);
   }
   for (; i + kLanes <= a.width; i += kLanes) {
-    block_columns<1, RMS, SUMS>(a, rows, count, i, whole, dweight, dbias);
+    block_columns<1, RMS, SUMS>(a, rows, count, i, Whole{}, to, dweight, dbias);
   }
-  if (i < a.width) block_columns<1, RMS, SUMS>(a, rows, count, i, Part{a.width - i}, dweight, dbias);
+  const Part rest{a.width - i};
+  if (i < a.width) block_columns<1, RMS, SUMS>(a, rows, count, i, rest, rest, dweight, dbias);
 }
 
 // to += from, from = 0.

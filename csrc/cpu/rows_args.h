@@ -42,6 +42,7 @@ struct SoftmaxArgs {
   float scale;
   bool causal;  // row i of the grid's last dimension sees columns 0..i; column strides are 1
   bool stream;  // out goes past the caches
+  bool ahead;   // x comes from memory
 
   FASTATTN_INLINE int64_t tasks() const { return (grid.rows + rows_per_task - 1) / rows_per_task; }
   FASTATTN_INLINE bool scores() const { return mask.data || bias.data || scale != 1.f; }
@@ -56,7 +57,7 @@ struct NormArgs {
   const float *weight, *bias;     // [width] or null; weight has its offset
   float* stats;                   // null, or [kNormStats or 1, rows]: what the backward needs
   double eps;
-  bool rms, stream;
+  bool rms, stream, ahead;
 
   FASTATTN_INLINE int64_t tasks() const { return (grid.rows + rows_per_task - 1) / rows_per_task; }
 };
@@ -74,7 +75,7 @@ struct SoftmaxBackwardArgs {
   float* dbias;           // null, or [bias rows, parts, width], a sum a task
   int64_t shared, parts;  // with dbias: rows to a row of bias, and tasks
   float scale;
-  bool stream;
+  bool stream, ahead;
 
   FASTATTN_INLINE bool gathers() const { return dy.column != 1 || y.column != 1 || dx.column != 1; }
 };
@@ -86,7 +87,7 @@ struct NormBackwardArgs {
   RowTensor dy, h, dsum, dx;  // h, dsum and dx have one storage; dsum and dx may be absent
   const float *weight, *stats;
   float *dweight, *dbias;  // null, or [tasks, width], a sum a task; dbias only with dweight
-  bool rms, stream;
+  bool rms, stream, ahead;
 };
 
 // Runs one task; `scratch` is 64-byte aligned, belongs to the calling thread and has the bytes asked for.

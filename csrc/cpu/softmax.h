@@ -65,7 +65,7 @@ class SoftmaxRow {
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t from = c * kChunk, n = smaller(kChunk, seen - from);
       if (a_.scores()) first_pass<false>(scores(from, n), n, weights_ + from, out + from, c);
-      else if (chunks > 1) first_pass<true>(x + from, n, weights_ + from, out + from, c);
+      else if (a_.ahead) first_pass<true>(x + from, n, weights_ + from, out + from, c);
       else first_pass<false>(x + from, n, weights_ + from, out + from, c);
     }
     const float top = max_of(chunks, [&](int64_t i, auto at) { return at.load(scratch_.tops + i); });
@@ -116,9 +116,9 @@ class SoftmaxRow {
   }
 
   // A chunk's largest score, and its weights relative to that with their sum. Between chunks memory would
-  // stand still while the exponentials are computed, so a long row asks for its next chunk, and for the lines
-  // to write, here.
-  template <bool LONG, class S>
+  // stand still while the exponentials are computed, so what lies a chunk ahead, and the lines to write, are
+  // asked for here.
+  template <bool AHEAD, class S>
   FASTATTN_INLINE void first_pass(const S* s, int64_t n, float* weights, [[maybe_unused]] Out* out,
                                   int64_t chunk) {
     const float top = max_of(n, [&](int64_t i, auto at) { return at.load(s + i); });
@@ -126,7 +126,7 @@ class SoftmaxRow {
     scratch_.tops[chunk] = top;
     scratch_.sums[chunk] = sum_of(n, [&](int64_t i, auto at) {
       const F32 e = weight_of<Out>(at.load(s + i), pivot);
-      if constexpr (LONG) {
+      if constexpr (AHEAD) {
         __builtin_prefetch(s + i + kChunk);
         if constexpr (sizeof(Out) == 2) __builtin_prefetch(out + i, 1);
       }

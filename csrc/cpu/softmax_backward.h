@@ -20,7 +20,11 @@ FASTATTN_INLINE void softmax_backward_row(const SoftmaxBackwardArgs& a, const Y*
   for (int64_t from = 0; from < a.width; from += kChunk) {
     F32 s[4] = {zero(), zero(), zero(), zero()};
     each_of_four(smaller(kChunk, a.width - from), s, [&](int64_t i, F32 acc, auto at) {
-      if (dx && !a.stream) __builtin_prefetch(dx + from + i, 1);
+      if (a.ahead) {
+        __builtin_prefetch(dy + from + i + kChunk);
+        __builtin_prefetch(y + from + i + kChunk);
+        if (dx && !a.stream) __builtin_prefetch(dx + from + i, 1);
+      }
       return fma(at.load(dy + from + i), at.load(y + from + i), acc);
     });
     total += reduce_add((s[0] + s[1]) + (s[2] + s[3]));
