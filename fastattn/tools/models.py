@@ -102,7 +102,7 @@ MODELS: dict[str, Model] = {
         dict(_DECODER, hidden_size=576, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=9,
              num_key_value_heads=3), _text("left")),
     "mistral-window": Model("MistralModel", "MistralConfig",
-        dict(_DECODER, hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=16,
+        dict(_DECODER, hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=12,
              num_key_value_heads=4, head_dim=64, sliding_window=96), _text("left")),
     "qwen3-0.6b": Model("Qwen3Model", "Qwen3Config",
         dict(_DECODER, hidden_size=1024, intermediate_size=3072, num_hidden_layers=1, num_attention_heads=16,
@@ -130,9 +130,9 @@ MODELS: dict[str, Model] = {
              max_target_positions=LENGTH, pad_token_id=0, bos_token_id=1, eos_token_id=2,
              decoder_start_token_id=1, dropout=0.0, use_cache=False), _speech),
     "longformer-base": Model("LongformerModel", "LongformerConfig",
-        dict(_BERT, attention_window=64, max_position_embeddings=LENGTH + 2)),
+        dict(_BERT, num_hidden_layers=1, attention_window=64, max_position_embeddings=LENGTH + 2)),
     "bigbird-base": Model("BigBirdModel", "BigBirdConfig",
-        dict(_BERT, block_size=16, num_random_blocks=1, max_position_embeddings=LENGTH)),
+        dict(_BERT, num_hidden_layers=1, block_size=16, num_random_blocks=1, max_position_embeddings=LENGTH)),
 }
 # fmt: on
 

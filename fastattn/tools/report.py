@@ -133,13 +133,12 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 def bench_markdown(bench: Mapping[str, Any]) -> str:
     """A bench as markdown: the machine's line, then one table a suite."""
+    if all(row["suite"] == "models" for row in bench["rows"]):  # a page of the docs
+        return models_markdown(bench["rows"], machine_line(bench["machine"]))
     parts = [machine_line(bench["machine"]) + "\n"]
     for suite in dict.fromkeys(row["suite"] for row in bench["rows"]):
-        rows = [row for row in bench["rows"] if row["suite"] == suite]
-        if suite == "models":
-            parts.append(models_markdown(rows))
-        else:
-            parts.append(f"### {suite}\n\n" + markdown_table(COLUMNS, map(bench_cells, rows)))
+        rows = [bench_cells(row) for row in bench["rows"] if row["suite"] == suite]
+        parts.append(f"### {suite}\n\n" + markdown_table(COLUMNS, rows))
     return "\n".join(parts)
 
 
@@ -176,8 +175,8 @@ def _model_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def models_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The suite `models`: times, differences, and what was swapped in each model and what was left."""
+def models_markdown(rows: Sequence[Mapping[str, Any]], machine: str) -> str:
+    """The suite `models` as a page: times, differences, what was swapped in each model and what was left."""
     columns = ("model", "dtype", "pass", "threads", "ours", "over eager", "over SDPA", "unpacked", "floor")
     columns += ("difference, ours", "SDPA", "eager")
     swapped = {}
@@ -190,6 +189,7 @@ def models_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(
         (
             _MODELS,
+            machine + "\n",
             markdown_table(columns, map(_model_cells, rows)),
             "## What was swapped\n",
             markdown_table(("model", "swapped", "left"), cells),
