@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastattn import nn as fnn
+from fastattn.nn.dropping import dropped
 
 MODULES = {
     "layer_norm": (lambda ns: ns.LayerNorm(12), (3, 5, 12)),
@@ -120,3 +121,40 @@ def test_add_norm_drops_the_sub_block_only():
     y = module(x, residual)
     assert set(y.unique().tolist()) == {0.0, 6.0}
     assert torch.equal(module.eval()(x, residual), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_by_sixteen_bits(p, dtype):
+    module = torch.nn.Dropout(p)
+    x = torch.ones(501, 403, dtype=dtype, requires_grad=True)
+    torch.manual_seed(7)
+    y = dropped(module, x)
+    torch.manual_seed(7)
+    assert torch.equal(dropped(module, x), y)
+    kept = (y != 0).double()
+    n = x.numel()
+    assert abs(kept.mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+    # Neighbours, which share a random word, are independent.
+    centred = (kept - kept.mean()).flatten()
+    for lag in (1, 2, 3, 4):
+        assert abs((centred[lag:] * centred[:-lag]).mean() / centred.square().mean()) < 5 / n**0.5
+    assert abs(y.double().mean() - 1) < 0.02
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, y.detach())
+    assert dropped(module.eval(), x) is x
+
+
+def test_dropout_of_others_is_theirs():
+    x = torch.ones(8, 8)
+    seen = []
+    module = torch.nn.Dropout(0.5)
+    module.register_forward_hook(lambda *_: seen.append(1))
+    dropped(module, x)
+    assert seen == [1]
+    for p in (1e-4, 1.0):
+        torch.manual_seed(0)
+        y = dropped(torch.nn.Dropout(p), x)
+        torch.manual_seed(0)
+        assert torch.equal(y, torch.nn.Dropout(p)(x))
+    assert dropped(torch.nn.Identity(), x) is x

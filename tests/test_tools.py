@@ -557,3 +557,28 @@ def test_expressions_are_refused_with_the_reason(text, why):
 def test_what_a_mask_refuses_is_its_own_error(text):
     with pytest.raises((ValueError, TypeError)):
         mask.parse(text)
+
+
+@pytest.mark.parametrize(
+    "op, training", [("mha", False), ("encoder", False), ("encoder-layer", False), ("encoder-layer", True)]
+)
+def test_module_rows_compute_the_same(op, training):
+    """Every variant of a row of the suite `modules`, on a small shape: the same numbers where padding is none."""
+    shape = AttentionShape(4, 2, 12, 8)
+    row = workloads.Workload("modules", op, "fp32", shape, "padding50", "bool", training=training)
+    assert row.unit == "flops" and row.work > 0
+    case = cases.build(row)
+    if training:
+        for module in (case.inputs["ours"], case.inputs["theirs"]):
+            module.eval()  # without dropout, which draws differently
+    with torch.set_grad_enabled(training):
+        expected, results = case.variants["torch"](), {name: call() for name, call in case.variants.items()}
+    real = ~case.inputs["padding"]
+    for name, result in results.items():
+        if training:
+            for a, b in zip(result, expected, strict=True):
+                torch.testing.assert_close(
+                    a, b, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+                )
+        else:
+            torch.testing.assert_close(result[real], expected[real], atol=1e-4, rtol=1e-3)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dropping import dropped
 from .encoder import MaskArgument, TransformerEncoder, TransformerEncoderLayer, feed_forward, sequence_sizes
 from .masking import Maskish, Visibility, causal, check_kinds, combine
 from .multihead import MultiheadAttention
@@ -63,7 +64,7 @@ class TransformerDecoderLayer(FromTorch, torch.nn.TransformerDecoderLayer):
             is_causal=is_causal,
             need_weights=False,
         )[0]
-        return self.dropout1(x)
+        return dropped(self.dropout1, x)
 
     def _mha_block(
         self,
@@ -82,7 +83,7 @@ class TransformerDecoderLayer(FromTorch, torch.nn.TransformerDecoderLayer):
             is_causal=is_causal,
             need_weights=False,
         )[0]
-        return self.dropout2(x)
+        return dropped(self.dropout2, x)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return feed_forward(self, x, self.dropout3)

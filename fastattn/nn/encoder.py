@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional
 from ..masks import Mask, Prepared
 from . import packing
+from .dropping import dropped
 from .linear import apply
 from .masking import Maskish, Visibility, causal, check_kinds, combine
 from .multihead import MultiheadAttention
@@ -35,7 +36,7 @@ def feed_forward(layer: torch.nn.Module, x: Tensor, last_dropout: torch.nn.Modul
     h = apply(layer.linear1, x, name or "none")
     if name is None:
         h = layer.activation(h)
-    return last_dropout(apply(layer.linear2, layer.dropout(h)))
+    return dropped(last_dropout, apply(layer.linear2, dropped(layer.dropout, h)))
 
 
 def sequence_sizes(x: Tensor, batch_first: bool) -> tuple[int, int]:
@@ -96,7 +97,7 @@ class TransformerEncoderLayer(FromTorch, torch.nn.TransformerEncoderLayer):
             need_weights=False,
             is_causal=is_causal,
         )[0]
-        return self.dropout1(x)
+        return dropped(self.dropout1, x)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return feed_forward(self, x, self.dropout2)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import functional
 from ..masks import Causal, Dense, Mask, Prepared
 from ..weights import AttentionWeights
+from .dropping import dropped
 from .linear import apply
 from .norms import LayerNorm, RMSNorm
 from .positions import RotaryEmbedding
@@ -228,7 +229,7 @@ class FeedForward(torch.nn.Module):
             h = apply(self.linear1, x, self.activation)
         else:
             h = torch.nn.functional.silu(apply(self.gate, x)) * apply(self.linear1, x)
-        return apply(self.linear2, self.dropout(h))
+        return apply(self.linear2, dropped(self.dropout, h))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

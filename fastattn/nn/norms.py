@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import rows
+from .dropping import dropped
 from .sharing import FromTorch
 
 
@@ -120,7 +121,7 @@ class AddNorm(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        y, total = add_then_norm(self.norm, self.dropout(x), residual)
+        y, total = add_then_norm(self.norm, dropped(self.dropout, x), residual)
         return y if self.order == "post" else (y, total)
 
     def extra_repr(self) -> str:
