@@ -175,10 +175,14 @@ def answer(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 
 def gradients(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of the mean square of the answer, from a forward and a backward."""
+    """The gradients of a weighted mean square of the answer, from a forward and a backward.
+
+    Weighted, because the plain square of CLIP's answer, which has length 1, is constant.
+    """
     model.zero_grad(set_to_none=True)
     with torch.enable_grad():
-        answer(model, given).square().mean().backward()
+        y = answer(model, given)
+        (y.square() * torch.linspace(0, 1, y.shape[-1], device=y.device)).mean().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
