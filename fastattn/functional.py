@@ -8,13 +8,19 @@ from torch.autograd import forward_ad
 
 from . import _info, ops, reference
 from .dispatch import Choice, choose, features
-from .masks import Causal, Mask
+from .masks import Causal, Mask, native
 from .masks.lower import Lowered, lower
 from .problem import Problem, attention_problem
 
 _PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _plain = torch.ops.fastattn.attention_plain.default
 _attention_fwd = torch.ops.fastattn.attention_fwd.default
+# attention_fwd from block_offsets on, for a call with none of it.
+_NOTHING_ELSE = (None, None, None, None, None, 0.0, 0.0, *[None] * 8, False)
+# Looked up once: the smallest calls are mostly Python.
+_autocast_enabled = torch.is_autocast_enabled
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def scaled_dot_product_attention(
@@ -54,6 +60,10 @@ def scaled_dot_product_attention(
     """
     if attn_mask is None and dropout_p == 0.0 and backend is None:
         out = _plain_call(query, key, value, is_causal, scale)
+        if out is not None:
+            return out
+    elif dropout_p == 0.0 and backend is None and not is_causal:
+        out = _padded_call(query, key, value, attn_mask, scale)
         if out is not None:
             return out
     if attn_mask is not None and is_causal:
@@ -147,25 +157,50 @@ def attention(
     return results[0] if len(results) == 1 else results
 
 
-def _plain_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
-    """The shortest way for plain calls of inference; None where this call is not one."""
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are equal-sized CPU tensors of an inference call, with nothing listening and nothing to cast."""
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or q.is_nested:
-        return None
+        return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return None
+        return False
     shape, dtype = q.shape, q.dtype
     if len(shape) != 4 or k.shape != shape or v.shape != shape or dtype not in _PLAIN_DTYPES:
-        return None
+        return False
     if k.dtype != dtype or v.dtype != dtype or not (q.is_cpu and k.is_cpu and v.is_cpu) or shape[3] == 0:
+        return False
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or _autocast_enabled("cpu"):
+        return False
+    return forward_ad._current_level < 0 and _interpreter() is None
+
+
+def _plain_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
+    """The shortest way for plain calls of inference; None where this call is not one."""
+    if not _is_plain(q, k, v):
         return None
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or torch.is_autocast_enabled("cpu"):
+    return _plain(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, is_causal)
+
+
+def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor | None:
+    """The same for a padding mask [B or 1, 1, 1, Sk], which short sequences cannot wait for; None where it is not
+    one interval of keys a batch item."""
+    if type(mask) is not Tensor or not _is_plain(q, k, v) or not mask.is_cpu:
         return None
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    B, H, S, D = q.shape
+    shape = mask.shape
+    if len(shape) != 4 or shape[1] != 1 or shape[2] != 1 or shape[3] != S or S < 2 or shape[0] not in (1, B):
         return None
-    if scale is None:
-        scale = shape[3] ** -0.5
-    with torch._C._AutoDispatchBelowAutograd():
-        return _plain(q, k, v, scale, is_causal)
+    if (mask.dtype is not torch.bool and mask.dtype not in (q.dtype, torch.float32)) or not (B and H):
+        return None
+    if mask.requires_grad and torch.is_grad_enabled():
+        return None
+    lo, hi, flags = native.keys(mask.detach() if mask.requires_grad else mask)
+    if flags & (native.GAPS | native.NONZERO):
+        return None
+    lo = None if flags & native.FROM_START else lo.expand(B, H, S)
+    hi = None if flags & native.TO_END else hi.expand(B, H, S)
+    scale = D**-0.5 if scale is None else scale
+    with _BelowAutograd():
+        return _attention_fwd(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
 
 
 def _lower(p: Problem) -> Lowered:
@@ -237,7 +272,7 @@ def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
         return ops.FunctorchAttention.apply(*arguments)
     if grad:
         return _attention_fwd(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _BelowAutograd():
         return _attention_fwd(*arguments)
 
 
