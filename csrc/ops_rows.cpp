@@ -97,7 +97,8 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   advise_large_pages(y);
   if (sum) advise_large_pages(*sum);
   a.ahead = outgrows_caches(x);
-  a.stream = is_large(y) && apart(a.y.data) && (!sum || apart(a.sum.data));
+  a.stream = (is_large(y) || (sum && outgrow_last_cache({&x, residual, sum, &y}))) && apart(a.y.data) &&
+             (!sum || apart(a.sum.data));
   const RowKernels& table = kernels().rows;
   Weight weight, bias;
   a.weight = weight.get(o.weight, a.width, o.weight_offset, "weight", table);

@@ -26,26 +26,37 @@ struct TwoSums {
   F32 first, second;
 };
 
-// Sums of a chunk around a pivot near its mean. Asks for what lies a chunk ahead meanwhile, and for the lines
-// that y is written to: else memory would stand still, and the hardware's own prefetch ends with each 4 KB.
-template <bool AHEAD, class T, class Y>
-FASTATTN_INLINE void centred_sums(const T* x, int64_t n, float pivot, [[maybe_unused]] Y* y, double* sum,
-                                  double* squares) {
+// What is asked of memory while a row is summed, else memory would stand still, and the hardware's own
+// prefetch ends with each 4 KB: the lines that will be read next and those that will be written. Null where
+// nothing is.
+struct Wanted {
+  const char *x, *residual;
+  char *sum, *y;
+
+  FASTATTN_INLINE void fetch(int64_t byte) const {
+    __builtin_prefetch(x + byte);
+    if (residual) __builtin_prefetch(residual + byte);
+    if (sum) __builtin_prefetch(sum + byte, 1);
+    if (y) __builtin_prefetch(y + byte, 1);
+  }
+};
+
+// Sums of a chunk around a pivot near its mean.
+template <bool AHEAD, class T>
+FASTATTN_INLINE void centred_sums(const T* x, int64_t n, float pivot, [[maybe_unused]] const Wanted& wanted,
+                                  [[maybe_unused]] int64_t first, double* sum, double* squares) {
   TwoSums s[4] = {};
   each_of_four(n, s, [&](int64_t i, TwoSums acc, auto at) -> TwoSums {
     const F32 d = at.keep(at.load(x + i) - splat(pivot));
-    if constexpr (AHEAD) {
-      __builtin_prefetch(x + i + kChunk);
-      __builtin_prefetch(y + i, 1);
-    }
+    if constexpr (AHEAD) wanted.fetch((first + i) * int64_t(sizeof(T)));
     return {acc.first + d, fma(d, d, acc.second)};
   });
   *sum = reduce_add((s[0].first + s[1].first) + (s[2].first + s[3].first));
   *squares = reduce_add((s[0].second + s[1].second) + (s[2].second + s[3].second));
 }
 
-template <bool AHEAD, class T, class Y>
-FASTATTN_INLINE Moments mean_and_variance(const T* h, int64_t n, Y* y) {
+template <bool AHEAD, class T>
+FASTATTN_INLINE Moments mean_and_variance(const T* h, int64_t n, const Wanted& wanted) {
   double mean = 0, squares = 0, sum, around;
   const double inverse = 1 / double(n);
   for (int64_t from = 0; from < n; from += kChunk) {
@@ -53,7 +64,7 @@ FASTATTN_INLINE Moments mean_and_variance(const T* h, int64_t n, Y* y) {
     const int64_t count = smaller(kChunk, n - from);
     const double share = count == n ? inverse : 1 / double(count);
     const float pivot = sum_of(count, [&](int64_t i, auto at) { return at.load(x + i); }) * float(share);
-    centred_sums<AHEAD>(x, count, pivot, y + from, &sum, &around);
+    centred_sums<AHEAD>(x, count, pivot, wanted, from, &sum, &around);
     const double here = around - sum * sum * share, chunk_mean = pivot + sum * share;
     if (from == 0) {
       mean = chunk_mean, squares = here;
@@ -66,17 +77,14 @@ FASTATTN_INLINE Moments mean_and_variance(const T* h, int64_t n, Y* y) {
   return {mean, squares > 0 || squares != squares ? squares * inverse : 0};
 }
 
-template <bool AHEAD, class T, class Y>
-FASTATTN_INLINE Moments mean_square(const T* h, int64_t n, [[maybe_unused]] Y* y) {
+template <bool AHEAD, class T>
+FASTATTN_INLINE Moments mean_square(const T* h, int64_t n, [[maybe_unused]] const Wanted& wanted) {
   double squares = 0;
   for (int64_t from = 0; from < n; from += kChunk) {
     F32 s[4] = {zero(), zero(), zero(), zero()};
     each_of_four(smaller(kChunk, n - from), s, [&](int64_t i, F32 acc, auto at) {
       const F32 x = at.load(h + from + i);
-      if constexpr (AHEAD) {
-        __builtin_prefetch(h + from + i + kChunk);
-        __builtin_prefetch(y + from + i, 1);
-      }
+      if constexpr (AHEAD) wanted.fetch((from + i) * int64_t(sizeof(T)));
       return fma(x, x, acc);
     });
     squares += reduce_add((s[0] + s[1]) + (s[2] + s[3]));
@@ -84,11 +92,10 @@ FASTATTN_INLINE Moments mean_square(const T* h, int64_t n, [[maybe_unused]] Y* y
   return {0, squares / double(n)};
 }
 
-template <bool RMS, class T, class Y>
-Moments moments(const NormArgs& a, const T* h, Y* y) {
-  const bool ahead = a.ahead && !a.stream;
-  if constexpr (RMS) return ahead ? mean_square<true>(h, a.width, y) : mean_square<false>(h, a.width, y);
-  else return ahead ? mean_and_variance<true>(h, a.width, y) : mean_and_variance<false>(h, a.width, y);
+template <bool RMS, class T>
+Moments moments(const T* h, int64_t n, const Wanted& wanted) {
+  if constexpr (RMS) return wanted.x ? mean_square<true>(h, n, wanted) : mean_square<false>(h, n, wanted);
+  else return wanted.x ? mean_and_variance<true>(h, n, wanted) : mean_and_variance<false>(h, n, wanted);
 }
 
 FASTATTN_INLINE double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
@@ -129,7 +136,7 @@ float taming_power(const T* h, int64_t n) {
 }
 
 template <class T, class Y, bool RMS>
-void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed) {
+void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed, const Wanted& wanted) {
   const auto done = [&](const RowStats& s) {
     if (!a.stats) return;
     a.stats[row] = s.rstd;
@@ -138,7 +145,7 @@ void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed) {
   const auto split = [](const Moments& m, double rstd) -> RowStats {
     return {float(m.mean), float(m.mean - double(float(m.mean))), float(rstd)};
   };
-  const Moments m = moments<RMS>(a, h, y);
+  const Moments m = moments<RMS>(h, a.width, wanted);
   const float power = out_of_range(m.variance, a.eps) ? taming_power(h, a.width) : 0.f;
   if (power == 0.f) {
     const RowStats s = split(m, inverse_root(m.variance + a.eps));
@@ -146,7 +153,7 @@ void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed) {
     return done(s);
   }
   each_vector(a.width, [&](int64_t i, auto at) { at.store(tamed + i, at.load(h + i) * splat(power)); });
-  const Moments t = moments<RMS>(a, (const float*)tamed, y);
+  const Moments t = moments<RMS>((const float*)tamed, a.width, {});
   const double floor = a.eps * power * power, rstd = inverse_root(t.variance + floor);
   // A row without variance is 0, not 0 * inf, as long as there is an eps.
   const RowStats s = split(t, floor > 0 && rstd > __FLT_MAX__ ? __FLT_MAX__ : rstd);
@@ -164,16 +171,18 @@ FASTATTN_INLINE void add_row(const NormArgs& a, const X* x, int64_t row, S* sum)
 }
 
 template <bool RMS, class X, class S>
-FASTATTN_INLINE void add_norm_row(const NormArgs& a, const X* x, int64_t row, S* sum, X* y, float* scratch) {
+FASTATTN_INLINE void add_norm_row(const NormArgs& a, const X* x, int64_t row, S* sum, X* y, float* scratch,
+                                  Wanted wanted) {
   S* h = a.stream ? (S*)scratch : sum;
+  if (!a.stream && wanted.x) wanted.sum = (char*)(sum + (wanted.x - (const char*)x) / int64_t(sizeof(X)));
   float* tamed = scratch + a.width;
   add_row(a, x, row, h);
   if constexpr (sizeof(S) == sizeof(X) || sizeof(S) == 4) {
-    norm_row<S, X, RMS>(a, h, row, y, tamed);
+    norm_row<S, X, RMS>(a, h, row, y, tamed, wanted);
   } else {
     float* wide = tamed + a.width;
     each_vector(a.width, [&](int64_t i, auto at) { at.store(wide + i, at.load(h + i)); });
-    norm_row<float, X, RMS>(a, wide, row, y, tamed);
+    norm_row<float, X, RMS>(a, wide, row, y, tamed, wanted);
   }
   if (a.stream) {
     each_vector_to(sum, a.width, true, [&](int64_t i, auto at) { at.store(sum + i, at.load(h + i)); });
@@ -186,12 +195,21 @@ void norm_rows(const NormArgs& a, int64_t task, float* scratch) {
   for (int64_t r = first; r < last; ++r) {
     const X* x = (const X*)a.x.data + a.grid.offset(a.x.stride, r);
     X* y = (X*)a.y.data + a.grid.offset(a.y.stride, r);
+    Wanted wanted = {};
+    if (a.ahead) wanted.y = a.stream ? nullptr : (char*)y;
     if (!a.residual.data) {
-      norm_row<X, X, RMS>(a, x, r, y, scratch);
-    } else {
-      with_row(a.sum, a.grid.offset(a.sum.stride, r),
-               [&](auto* sum) { add_norm_row<RMS>(a, x, r, sum, y, scratch); });
+      if (a.ahead) wanted.x = (const char*)(x + kChunk);
+      norm_row<X, X, RMS>(a, x, r, y, scratch, wanted);
+      continue;
     }
+    if (a.ahead) {  // this row of x is in the sum already
+      wanted.x = (const char*)(x + a.width);
+      const int64_t bytes = a.residual.storage == Storage::kFloat ? 4 : 2;
+      wanted.residual =
+          (const char*)a.residual.data + (a.grid.offset(a.residual.stride, r) + a.width) * bytes;
+    }
+    with_row(a.sum, a.grid.offset(a.sum.stride, r),
+             [&](auto* sum) { add_norm_row<RMS>(a, x, r, sum, y, scratch, wanted); });
   }
   if (a.stream) stream_fence();
 }
