@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
+# Test processes; a fast test is mostly one thread.
+JOBS ?= 2
 
 .PHONY: demo test setup build-inplace lint format packaging clean
 
@@ -28,7 +30,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # The installing routes, each into an environment of its own; slower than the tests, so apart from them.
 packaging: $(VENV)/.test
