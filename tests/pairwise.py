@@ -31,4 +31,6 @@ def pairwise(**factors: tuple) -> list[dict]:
 
 
 def name_of(case: dict) -> str:
-    return "-".join(str(v) if isinstance(v, str) else f"{n}={v}" for n, v in case.items() if v)
+    """The same in every process: a function shows its name, not its address."""
+    shown = {n: getattr(v, "__name__", v) if callable(v) else v for n, v in case.items() if v}
+    return "-".join(v if isinstance(v, str) and v == case[n] else f"{n}={v}" for n, v in shown.items())
