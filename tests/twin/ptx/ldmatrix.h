@@ -1,0 +1,42 @@
+// Twin of csrc/cuda/ptx/ldmatrix.h.
+#pragma once
+
+#include "launch.h"
+
+namespace twin {
+
+// Each lane reads the row it points at, then takes its elements from the other lanes' rows.
+struct MatrixRow {
+  uint16_t element[8];
+};
+inline const MatrixRow* exchange_rows(const char* what, const void* row) {
+  block->smem.address(row, 16, 16);
+  MatrixRow mine;
+  std::memcpy(&mine, row, sizeof(mine));
+  return warp_collective(what, kAllLanes, mine, [](MatrixRow*) {});
+}
+
+}  // namespace twin
+
+namespace fastattn::cuda {
+
+template <class T>
+void ldmatrix_x4(uint32_t (&r)[4], const T* row) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  const twin::MatrixRow* rows = twin::exchange_rows("ldmatrix_x4", row);
+  const int i = twin::self->lane() / 4, j = twin::self->lane() % 4 * 2;
+  for (int t = 0; t < 4; ++t) {
+    r[t] = rows[t * 8 + i].element[j] | uint32_t(rows[t * 8 + i].element[j + 1]) << 16;
+  }
+}
+template <class T>
+void ldmatrix_x4_trans(uint32_t (&r)[4], const T* row) {
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  const twin::MatrixRow* rows = twin::exchange_rows("ldmatrix_x4_trans", row);
+  const int i = twin::self->lane() / 4, j = twin::self->lane() % 4 * 2;
+  for (int t = 0; t < 4; ++t) {
+    r[t] = rows[t * 8 + j].element[i] | uint32_t(rows[t * 8 + j + 1].element[i]) << 16;
+  }
+}
+
+}  // namespace fastattn::cuda
