@@ -25,14 +25,22 @@ FASTATTN_HOST_DEVICE constexpr int swizzle(int row, int col) {
   return row * kColumns + (((col / 8) ^ turn) * 8) + col % 8;
 }
 
-// wgmma matrix descriptor, 128-byte swizzle. `leading` and `stride` are byte distances:
+// How 16-byte chunks of a tile are permuted: within lines of so many bytes, which are the tile's rows.
+enum class Swizzle { None = 0, B32 = 32, B64 = 64, B128 = 128 };
+
+// wgmma matrix descriptor of a tile whose rows are the swizzle's lines. `leading` and `stride` are byte
+// distances:
 //   K-major    stride: between groups of 8 rows; leading: unused
-//   MN-major   stride: between groups of 8 k;    leading: between groups of 64 elements along MN
+//   MN-major   stride: between groups of 8 k;    leading: between lines along MN
+template <Swizzle kSwizzle = Swizzle::B128>
 FASTATTN_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t smem_address, uint32_t leading,
                                                          uint32_t stride) {
-  constexpr uint64_t kSwizzle128b = 1;
+  constexpr uint64_t kMode = kSwizzle == Swizzle::B128  ? 1
+                             : kSwizzle == Swizzle::B64 ? 2
+                             : kSwizzle == Swizzle::B32 ? 3
+                                                        : 0;
   return uint64_t((smem_address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 |
-         uint64_t(stride >> 4) << 32 | kSwizzle128b << 62;
+         uint64_t(stride >> 4) << 32 | kMode << 62;
 }
 
 // Which way a wgmma operand lies: rows of k, or rows of m or n.
