@@ -13,6 +13,7 @@ import torch
 import fastattn  # noqa: F401
 from fastattn import _info
 from fastattn._library import force_isa
+from fastattn.masks import native
 
 ISAS = _info.available_isas()
 
@@ -37,6 +38,22 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For thousands of small calls: waking threads would take longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """How masks are lowered: by the C++ ops, and by the torch code that serves other devices."""
+    monkeypatch.setattr(native, "enabled", request.param == "native")
+    return request.param
 
 
 @pytest.fixture

@@ -5,6 +5,32 @@ import torch
 from fastattn.masks import lower
 
 
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def bools(*shape, share=0.5, seed=0):
+    return torch.rand(*shape, generator=generator(seed)) < share
+
+
+def ints(high, *shape, seed=0):
+    return torch.randint(0, high, shape, generator=generator(seed))
+
+
+def cuts(S, count, seed):
+    """Document bounds, some documents perhaps empty."""
+    inner = ints(S + 1, count, seed=seed).sort().values.tolist()
+    return [0, *inner, S]
+
+
+def blocks(S, block):
+    return -(-S // block)
+
+
+def additive(visible, dtype=torch.float32):
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+
+
 def decode(lowered) -> torch.Tensor:
     """The lowered form read entry by entry, as its definition says; for small shapes."""
     B, H, Sq, Sk = lowered.B, lowered.Hq, lowered.Sq, lowered.Sk

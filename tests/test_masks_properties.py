@@ -25,15 +25,7 @@ from fastattn.masks import (
     native,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of small calls: waking threads would take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = st.sampled_from([1, 2, 7, 63, 64, 65, 97, 127, 128, 129, 191, 200])
 
