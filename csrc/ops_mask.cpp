@@ -75,23 +75,23 @@ void scan_row(MaskScan scan, const MaskScanArgs& a, int64_t q, ScannedRow* row) 
     scan(a, q * kSide, rows, k * kSide, count, &seen);
     row->nonzero |= seen.nonzero;
     for (int64_t g = 0; g < count; g += kColumns) {
-      uint64_t* tiles[kColumns];
-      bool some = false;
-      row->tiles.reserve(kColumns);
-      for (int64_t c = 0; c < kColumns; ++c) {
-        tiles[c] = unused;
-        if (g + c >= count) continue;
+      const int64_t columns = std::min(kColumns, count - g);
+      int32_t partial = 0;
+      for (int64_t c = 0; c < columns; ++c) {
         int32_t code = kFull;
         if (seen.any[g + c] == 0) {
           code = kEmpty;
         } else if (seen.all[g + c] != first_bits(a.Sk - (k + g + c) * kSide)) {
-          code = row->tiles.size();
-          tiles[c] = row->tiles.append();
-          some = true;
+          code = row->tiles.size() + partial++;
         }
         row->codes[k + g + c] = code;
       }
-      if (!some) continue;
+      if (partial == 0) continue;
+      row->tiles.reserve(partial);
+      uint64_t* tiles[kColumns];
+      for (int64_t c = 0; c < kColumns; ++c) {
+        tiles[c] = c < columns && row->codes[k + g + c] >= 0 ? row->tiles.append() : unused;
+      }
       for (int64_t r = 0; r < kSide; ++r) {
         for (int64_t c = 0; c < kColumns; ++c) tiles[c][r] = r < rows ? seen.word[r][g + c] : 0;
       }
