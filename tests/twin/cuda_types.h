@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -52,6 +53,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
+inline const char* cudaGetErrorString(cudaError_t) { return "launch failed"; }
 
 using std::isfinite, std::isinf, std::isnan, std::max, std::min;
 
@@ -62,6 +64,10 @@ inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;
