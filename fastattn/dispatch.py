@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import _triton
 from .problem import Problem, name_of
 from .row_problem import RowProblem
 
@@ -46,7 +47,24 @@ def _refuse_cuda(p: Problem) -> str | None:
 
 
 def _refuse_triton(p: Problem) -> str | None:
-    return _refuse_gpu(p, "Triton")
+    reason = _triton.refuse("q", p.device, p.backend == "triton")
+    if reason is not None:
+        return reason
+    if p.dtype == torch.float64:
+        return "float64 is computed by the reference"
+    for name, size in (("D", p.D), ("Dv", p.Dv)):
+        if size > 256:
+            return f"{name} is {size}, the Triton kernels take head sizes up to 256"
+    if p.has_tangents():
+        return _FORWARD_AD
+    if p.needs_grad():
+        return "no Triton backward is in this version"
+    if p.Sq + p.Sk >= 2**31 - 2**16 or p.Sq * (p.Hq // max(p.Hkv, 1)) >= 2**31 - 2**16:
+        return "sequences of 2^31 rows and keys together and more"
+    # 16 rows a block and 512 keys a split at the least: a grid holds 2^31 - 1 blocks.
+    if p.B * p.Hq * (p.Sq // 16 + 1) * (p.Sk // 512 + 1 if p.Sq <= 64 else 1) >= 2**31:
+        return "more blocks than a grid holds"
+    return None
 
 
 def _refuse_cpu(p: Problem) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _info, ops, reference
+from . import _info, _triton, ops, reference
 from .dispatch import Choice, choose, features
 from .masks import Causal, Mask, native
 from .masks.lower import Lowered, lower
@@ -210,8 +210,8 @@ def _lower(p: Problem) -> Lowered:
 
 def _run(p: Problem) -> tuple[Tensor, ...]:
     choice = choose(p)
-    run = _run_reference if choice.kernel.name == "reference" else _run_op
-    out, lse = run(p, _lower(p))
+    name, lowered = choice.kernel.name, _lower(p)
+    out, lse = _run_reference(p, lowered) if name == "reference" else _run_op(p, lowered, name)
     results = [p.restore(out, p.Sq, p.Dv)]
     if p.return_lse:
         results.append(p.restore(lse, p.Sq))
@@ -233,7 +233,7 @@ def _total_bias(p: Problem, lowered: Lowered) -> Tensor | None:
     return mask_bias.float() + p.bias.float()
 
 
-def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
+def _run_op(p: Problem, m: Lowered, kernel: str) -> tuple[Tensor, Tensor]:
     bias = _total_bias(p, m)
     alibi = None
     if p.alibi_slopes is not None:
@@ -266,14 +266,15 @@ def _run_op(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
         sinks,
         False,
     )
+    op = ops.OPS[kernel]
     if torch.compiler.is_compiling():
-        return _attention_fwd(*arguments)
+        return op.fwd(*arguments)
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return ops.FunctorchAttention.apply(*arguments)
+        return op.functorch(*arguments)
     if grad:
-        return _attention_fwd(*arguments)
+        return op.fwd(*arguments)
     with _BelowAutograd():
-        return _attention_fwd(*arguments)
+        return op.fwd(*arguments)
 
 
 def _run_reference(p: Problem, m: Lowered) -> tuple[Tensor, Tensor]:
@@ -320,6 +321,8 @@ class Explanation:
         self.detail = ""
         if self.kernel == "cpu":
             self.detail = f"{_info.isa()} ({_info.isa_reason()})"
+        elif self.kernel == "triton":
+            self.detail = _triton.explain_attention(p.q, p.k, p.v, lowered)
         self.call = features(p)
         self.mask = describe(lowered)
 

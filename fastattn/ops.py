@@ -1,4 +1,4 @@
-"""The ops as torch sees them: fakes with true strides, autograd, vmap.
+"""The ops as torch sees them: fakes with true strides, autograd, vmap, the same for every namespace of ops.
 
 autocast is applied above the ops, in problem.py: a registered rule would cast every float argument, LSE and
 slopes too. Forward-mode AD never comes here (dispatch.py refuses it); double backward goes through the formula
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library, reference  # noqa: F401  the op library has to be loaded first
+from . import _library, _triton, reference  # noqa: F401  the op library has to be loaded first
 from .masks.bits import Bits
 from .masks.lower import _transpose
 
@@ -30,8 +30,7 @@ def _output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return q.new_empty((B, H, S, width), dtype=dtype)
 
 
-@torch.library.register_fake("fastattn::attention_fwd")
-def _(q, k, v, scale, *rest):
+def _fake_fwd(q, k, v, scale, *rest):
     out_fp32 = rest[-1]
     out = _output_like(q, v.shape[3], torch.float32 if out_fp32 else q.dtype)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -48,8 +47,7 @@ def _(q, k, v, scale, is_causal):
     return _output_like(q, v.shape[3], q.dtype)
 
 
-@torch.library.register_fake("fastattn::attention_bwd")
-def _(dout, dlse, q, k, v, out, lse, *rest):
+def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):
     bias, slopes, sinks, needs, fp32 = rest[10], rest[11], *rest[-3:]
 
     def empty(t: Tensor | None, missing: Tensor, needed: bool) -> Tensor:
@@ -70,14 +68,6 @@ def _(dout, dlse, q, k, v, out, lse, *rest):
     )
 
 
-def _attention_bwd():
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return torch.ops.fastattn.attention_bwd
-    from .transforms import FunctorchAttentionBackward
-
-    return FunctorchAttentionBackward.apply
-
-
 def _setup(ctx, inputs, output):
     given = dict(zip(_FWD, inputs))
     out, lse = output
@@ -88,47 +78,86 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
-    out, lse, *tensors = ctx.saved_tensors
-    given = {**ctx.plain, **dict(zip(ctx.names, tensors))}
-    grads: dict[str, Tensor] = {}
-    if dout is not None or dlse is not None:
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needed = dict(zip(_FWD, ctx.needs_input_grad))
-        offsets_t = list_t = None
-        if given["block_list"] is not None:
-            n_q, n_k = ((given[n].shape[2] + 63) // 64 for n in ("q", "k"))
-            bits = Bits(given["block_offsets"], given["block_list"], given["bit_tiles"])
-            offsets_t, list_t = _transpose(bits, n_q, n_k)
-        results = _attention_bwd()(
-            dout,
-            dlse,
-            *(given[n] for n in ("q", "k", "v")),
-            out,
-            lse,
-            *(given[n] for n in _FWD[3:10]),
-            offsets_t,
-            list_t,
-            *(given[n] for n in _FWD[10:23]),
-            [needed[n] for n in _DIFFERENTIABLE],
-            False,
-        )
-        grads = {n: g for n, g in zip(_DIFFERENTIABLE, results) if needed[n]}
-    return tuple(grads.get(n) for n in _FWD)
+def _backward_of(ops: Ops):
+    def backward(ctx, dout, dlse):
+        out, lse, *tensors = ctx.saved_tensors
+        given = {**ctx.plain, **dict(zip(ctx.names, tensors))}
+        grads: dict[str, Tensor] = {}
+        if dout is not None or dlse is not None:
+            if dout is None:
+                dout = torch.zeros_like(out)
+            needed = dict(zip(_FWD, ctx.needs_input_grad))
+            offsets_t = list_t = None
+            if given["block_list"] is not None:
+                n_q, n_k = ((given[n].shape[2] + 63) // 64 for n in ("q", "k"))
+                bits = Bits(given["block_offsets"], given["block_list"], given["bit_tiles"])
+                offsets_t, list_t = _transpose(bits, n_q, n_k)
+            results = ops.backward()(
+                dout,
+                dlse,
+                *(given[n] for n in ("q", "k", "v")),
+                out,
+                lse,
+                *(given[n] for n in _FWD[3:10]),
+                offsets_t,
+                list_t,
+                *(given[n] for n in _FWD[10:23]),
+                [needed[n] for n in _DIFFERENTIABLE],
+                False,
+            )
+            grads = {n: g for n, g in zip(_DIFFERENTIABLE, results) if needed[n]}
+        return tuple(grads.get(n) for n in _FWD)
+
+    return backward
 
 
-torch.library.register_autograd("fastattn::attention_fwd", _backward, setup_context=_setup)
+class Ops:
+    """The attention ops of one namespace.
+
+    fwd: the op itself. functorch: the same for torch.func, whose grad and vjp refuse what register_autograd makes.
+    functorch_bwd is set by transforms.py, which has the derivative of the backward.
+    """
+
+    def __init__(self, namespace: str):
+        self.namespace = namespace
+        self.fwd = getattr(torch.ops, namespace).attention_fwd.default
+        self.bwd = getattr(torch.ops, namespace).attention_bwd.default
+        backward, fwd = _backward_of(self), self.fwd
+        torch.library.register_fake(f"{namespace}::attention_fwd")(_fake_fwd)
+        torch.library.register_fake(f"{namespace}::attention_bwd")(_fake_bwd)
+        torch.library.register_autograd(f"{namespace}::attention_fwd", backward, setup_context=_setup)
+
+        class FunctorchAttention(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*arguments):
+                return fwd(*arguments)
+
+            setup_context = staticmethod(_setup)
+
+        FunctorchAttention.backward = staticmethod(backward)
+        self.functorch = FunctorchAttention.apply
+
+    def backward(self):
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+            return self.bwd
+        return self.functorch_bwd
 
 
-class FunctorchAttention(torch.autograd.Function):
-    """attention_fwd under torch.func: what register_autograd makes is refused by functorch's grad and vjp."""
+_triton.define("attention_fwd", "attention_bwd")
+_triton.implement("attention_fwd", "attention")
+_triton.implement("attention_bwd", "attention_bwd")
 
-    generate_vmap_rule = True
+# By the name of the kernel in dispatch.py. A further backend registers its namespace here.
+OPS: dict[str, Ops] = {}
 
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.fastattn.attention_fwd(*arguments)
 
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+def register(kernel: str, namespace: str) -> Ops:
+    """Fakes and autograd for the attention ops of a namespace; `kernel` is its name in dispatch.py."""
+    OPS[kernel] = Ops(namespace)
+    return OPS[kernel]
+
+
+register("cpu", "fastattn")
+register("triton", _triton.NAMESPACE)

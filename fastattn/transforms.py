@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .masks.lower import Lowered
-from .ops import _DIFFERENTIABLE, _FWD
+from .ops import _DIFFERENTIABLE, _FWD, OPS, Ops
 
 _OPTIONS = (*_FWD[3:10], "block_offsets_t", "block_list_t", *_FWD[10:23])
 _BWD = ("dout", "dlse", "q", "k", "v", "out", "lse", *_OPTIONS, "needs", "grads_fp32")
@@ -85,22 +85,6 @@ def _derivative_of_backward(ctx, *upstream):
     return tuple(grads.get(n) for n in _BWD)
 
 
-torch.library.register_autograd("fastattn::attention_bwd", _derivative_of_backward, setup_context=_setup)
-
-
-class FunctorchAttentionBackward(torch.autograd.Function):
-    """attention_bwd under torch.func, as FunctorchAttention in ops.py."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments):
-        return torch.ops.fastattn.attention_bwd(*arguments)
-
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_derivative_of_backward)
-
-
 # Arguments whose first dimension is the batch, or 1 where they are the same for all of it.
 _BATCHED = frozenset(
     ("dout", "dlse", "q", "k", "v", "out", "lse", "lo", "hi", "block_offsets", "block_offsets_t", "bias")
@@ -147,13 +131,31 @@ def _mapped(op, names: tuple[str, ...], operands: tuple[str, ...], info, in_dims
     return unfolded, (0,) * len(results)
 
 
-@torch.library.register_vmap("fastattn::attention_fwd")
-def _(info, in_dims, *args):
-    op = torch.ops.fastattn.attention_fwd
-    return _mapped(op, _FWD, ("q", "k", "v"), info, in_dims, args)
+def register(ops: Ops) -> None:
+    """The derivative of the backward and the vmap rules for the attention ops of a namespace."""
+    name, fwd, bwd = ops.namespace, ops.fwd, ops.bwd
+    torch.library.register_autograd(f"{name}::attention_bwd", _derivative_of_backward, setup_context=_setup)
+
+    class FunctorchAttentionBackward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments):
+            return bwd(*arguments)
+
+        setup_context = staticmethod(_setup)
+        backward = staticmethod(_derivative_of_backward)
+
+    ops.functorch_bwd = FunctorchAttentionBackward.apply
+
+    @torch.library.register_vmap(f"{name}::attention_fwd")
+    def _(info, in_dims, *args):
+        return _mapped(fwd, _FWD, ("q", "k", "v"), info, in_dims, args)
+
+    @torch.library.register_vmap(f"{name}::attention_bwd")
+    def _(info, in_dims, *args):
+        return _mapped(bwd, _BWD, ("dout", "dlse", "q", "k", "v", "out", "lse"), info, in_dims, args)
 
 
-@torch.library.register_vmap("fastattn::attention_bwd")
-def _(info, in_dims, *args):
-    op = torch.ops.fastattn.attention_bwd
-    return _mapped(op, _BWD, ("dout", "dlse", "q", "k", "v", "out", "lse"), info, in_dims, args)
+for _ops in OPS.values():
+    register(_ops)

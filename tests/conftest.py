@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# Triton reads this when it is imported (its own library is compiled or interpreted then), and fastattn's import of
+# torch's compiler imports it. `triton_device` sets it again for the tests that run kernels.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") and importlib.util.find_spec("numpy"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 import fastattn  # noqa: F401
 from fastattn import _info
@@ -66,3 +75,15 @@ def task_order():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton kernels run in a test: on the GPU, or without one on CPU tensors in Triton's interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.importorskip("triton")
+    pytest.importorskip("numpy")
+    # Read when a kernel is decorated, at the first import of its module, and by the dispatch at every call.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return torch.device("cpu")

@@ -1,0 +1,477 @@
+"""Attention forward: out [B, Hq, Sq, Dv] and LSE [B, Hq, Sq] by an online softmax over blocks of keys.
+
+One program computes BLOCK_M rows of one batch item and head, or, where query rows are few, of all the heads of one
+K/V head together (packed: row r is query r // group of head r % group). It visits the blocks of keys that its rows
+see: by ranges the whole ones without a mask and then the edges, by bits the entries of its granule's list. Products
+take q's dtype and add up in float32; the softmax is float32.
+
+Limits: head sizes up to 256, in one or two parts that are powers of two; a head of 96 is 64 + 32. Keys that no row of
+the block sees may hold anything: where 0 * NaN reached a result, the program runs once more and drops their values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _triton
+from . import decode, launch
+from .mask import bits_of, blocks, edge, extent, find, row_bounds, within
+from .online_softmax import update
+from .philox import dropout_keep
+from .score import finish_scores
+from .tiles import load_part, store_part, store_rows
+
+
+@triton.jit
+def scores(b_q0, b_q1, p_k, k_row, first, o_k, m_k, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr,
+           BOUNDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """q.k [M, N] of the keys from `first` on."""
+    p_k = p_k + first * k_row
+    b_k = load_part(p_k, o_k, k_row, m_k, 0, D0, D, BOUNDED)
+    b_s = tl.dot(b_q0, tl.trans(b_k), input_precision=PRECISION)
+    if D1 > 0:
+        b_k = load_part(p_k, o_k, k_row, m_k, D0, D1, D, BOUNDED)
+        b_s = tl.dot(b_q1, tl.trans(b_k), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def add_values(acc0, acc1, b_p, p_v, v_row, first, o_k, m_k, m_keys, DV0: tl.constexpr, DV1: tl.constexpr,
+               DV: tl.constexpr, BOUNDED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc += p @ v, both parts; if EXACT without the values of keys that m_keys leaves out."""
+    p_v = p_v + first * v_row
+    b_v = load_part(p_v, o_k, v_row, m_k, 0, DV0, DV, BOUNDED)
+    if EXACT:
+        b_v = tl.where(m_keys[:, None], b_v, 0.0).to(b_v.dtype)
+    acc0 = tl.dot(b_p.to(b_v.dtype), b_v, acc0, input_precision=PRECISION)
+    if DV1 > 0:
+        b_v = load_part(p_v, o_k, v_row, m_k, DV0, DV1, DV, BOUNDED)
+        if EXACT:
+            b_v = tl.where(m_keys[:, None], b_v, 0.0).to(b_v.dtype)
+        acc1 = tl.dot(b_p.to(b_v.dtype), b_v, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def key_positions(k_pos, k_pos_key, o_n, m_n):
+    """Logical positions int32 [N] of keys o_n: 0, 1, 2, ... unless a pointer is given."""
+    if k_pos is None:
+        return o_n
+    else:
+        return tl.load(k_pos + o_n.to(tl.int64) * k_pos_key, mask=m_n, other=0)
+
+
+@triton.jit
+def score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BOUNDED: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """Scores [M, N] of one block before the mask; PLAIN leaves the scale to the softmax.
+
+    rows: (q_pos [M], bias [M] pointers or None, slope [M] or None, which exist). terms: (scale, softcap, bias's
+    stride of keys, k_pos or None, its stride).
+    """
+    o_k = tl.arange(0, N)
+    o_n = first + o_k
+    m_n = o_n < Sk
+    b_s = scores(b_q0, b_q1, p_k, k_row, first, o_k, m_n, D0, D1, D, BOUNDED, PRECISION)
+    if not PLAIN:
+        q_pos, p_bias, slope, m_i = rows
+        scale, softcap, bias_key, k_pos, k_pos_key = terms
+        b_bias = None
+        if p_bias is not None:
+            p = p_bias[:, None] + o_n.to(tl.int64)[None, :] * bias_key
+            b_bias = tl.load(p, mask=m_i[:, None] & m_n[None, :], other=0.0)
+        j = o_n
+        if slope is not None:
+            j = key_positions(k_pos, k_pos_key, o_n, m_n)
+        b_s, _ = finish_scores(b_s, scale, softcap, b_bias, slope, q_pos, j, HAS_SOFTCAP)
+    return b_s
+
+
+@triton.jit
+def weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos, k_pos_key, seed, threshold,
+          DV0: tl.constexpr, DV1: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, BOUNDED: tl.constexpr,
+          EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The masked scores of one block into the state of the softmax and the sums of values."""
+    o_k = tl.arange(0, N)
+    o_n = first + o_k
+    m_n = o_n < Sk
+    m, l, b_p, alpha = update(m, l, b_s, factor)
+    acc0 = acc0 * alpha[:, None]
+    if DV1 > 0:
+        acc1 = acc1 * alpha[:, None]
+    m_keys = m_n
+    if EXACT:
+        m_keys = tl.max((b_s != float("-inf")).to(tl.int32), 0) > 0
+    if seed is not None:
+        j = None
+        if k_pos is not None:
+            j = key_positions(k_pos, k_pos_key, o_n, m_n)
+        b_p = tl.where(dropout_keep(seed, threshold, b, h, q_pos, first, j, N), b_p, 0.0)
+    acc0, acc1 = add_values(
+        acc0, acc1, b_p, p_v, v_row, first, o_k, m_n, m_keys, DV0, DV1, DV, BOUNDED, EXACT, PRECISION
+    )
+    return m, l, acc0, acc1
+
+
+@triton.jit
+def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, rows, terms, factor, dropout,
+           M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, DV0: tl.constexpr,
+           DV1: tl.constexpr, DV: tl.constexpr, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+           HAS_RANGES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The state (m, l, acc0, acc1) of M rows after all that they see, keys [b_lo, b_hi) of [0, Sk).
+
+    entries: (list pointer, first entry, end, tile pointer) or the list pointer None. dropout: (b, h [M], seed or
+    None, threshold). rows, terms: as in `score_block`. factor: of the scores, where PLAIN.
+    """
+    q_pos, _, _, m_i = rows
+    _, _, _, k_pos, k_pos_key = terms
+    b, h, seed, threshold = dropout
+    p_list, entry, entry_end, p_tiles = entries
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc0 = tl.zeros([M, DV0], tl.float32)
+    acc1 = tl.zeros([M, DV1 if DV1 > 0 else 1], tl.float32)
+    seen_lo, seen_hi, all_lo, all_hi = extent(b_lo, b_hi, m_i)
+    if p_list is not None:
+        if HAS_RANGES:
+            entry = find(p_list, entry, entry_end, seen_lo // N)
+            entry_end = find(p_list, entry, entry_end, tl.cdiv(seen_hi, N))
+        for e in tl.range(entry, entry_end, num_stages=1 if EXACT else None):
+            p_entry = p_list + e + e
+            first = tl.load(p_entry) * N
+            tile = tl.load(p_entry + 1)
+            b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
+                              True, PRECISION)  # fmt: skip
+            if (tile >= 0) | (first < all_lo) | (first + N > all_hi):
+                m_seen = bits_of(p_tiles, tile, o_i % N) & within(b_lo, b_hi, first + tl.arange(0, N))
+                b_s = tl.where(m_seen, b_s, float("-inf"))
+            m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
+                                     k_pos_key, seed, threshold, DV0, DV1, DV, N, True, EXACT, PRECISION)  # fmt: skip
+    else:
+        start, full, full_end, end = blocks(seen_lo, seen_hi, all_lo, all_hi, N)
+        if EXACT:  # rare, so one loop serves, without a pipeline's registers
+            full_end = full
+        else:
+            for n_block in tl.range(full, full_end):
+                first = n_block * N
+                b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
+                                  False, PRECISION)  # fmt: skip
+                m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
+                                         k_pos_key, seed, threshold, DV0, DV1, DV, N, False, False,
+                                         PRECISION)  # fmt: skip
+        for t in tl.range(0, full - start + end - full_end, num_stages=1 if EXACT else None):
+            first = edge(t, start, full, full_end) * N
+            b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
+                              True, PRECISION)  # fmt: skip
+            b_s = tl.where(within(b_lo, b_hi, first + tl.arange(0, N)), b_s, float("-inf"))
+            m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
+                                     k_pos_key, seed, threshold, DV0, DV1, DV, N, True, EXACT, PRECISION)  # fmt: skip
+    return m, l, acc0, acc1
+
+
+@triton.jit
+def place(pid, n_blocks, planes, section, DESCENDING: tl.constexpr):
+    """(block of rows, plane) of a program. Sections of planes run one after another, so that their K and V stay in
+    the last-level cache; in one, DESCENDING takes the last block of rows of all its planes first: the longest, under
+    a causal mask."""
+    if DESCENDING:
+        in_section = n_blocks * section
+        start = pid // in_section * section
+        size = tl.minimum(section, planes - start)
+        rest = pid % in_section
+        m_block = n_blocks - 1 - rest // size
+        plane = start + rest % size
+    else:
+        m_block = pid % n_blocks
+        plane = pid // n_blocks
+    return m_block, plane
+
+
+@triton.jit
+def has_nan(x):
+    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+
+
+_INTS = [
+    *(f"{t}_{s}" for t in ("q", "k", "v", "out") for s in ("batch", "head", "row")),
+    *("Hq", "heads", "group", "Sq", "Sk", "n_blocks", "planes", "section", "splits", "band_lo", "band_hi"),
+    *(f"{t}_{s}" for t in ("lo", "hi") for s in ("batch", "head", "row")),
+    *("map_batch", "map_head", "bias_batch", "bias_head", "bias_row", "bias_key", "alibi_batch", "alibi_head"),
+    *("q_pos_batch", "q_pos_row", "k_pos_batch", "k_pos_key", "threshold"),
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTS)
+def attention_kernel(
+    q, k, v, out, lse, partials,
+    q_batch: tl.int64, q_head: tl.int64, q_row: tl.int64,
+    k_batch: tl.int64, k_head: tl.int64, k_row: tl.int64,
+    v_batch: tl.int64, v_head: tl.int64, v_row: tl.int64,
+    out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64,
+    Hq: tl.int32, heads: tl.int32, group: tl.int32, Sq: tl.int32, Sk: tl.int32,
+    n_blocks: tl.int32, planes: tl.int32, section: tl.int32, splits: tl.int32,
+    scale: tl.float32, softcap: tl.float32, band_lo: tl.int32, band_hi: tl.int32,
+    lo, lo_batch: tl.int64, lo_head: tl.int64, lo_row: tl.int64,
+    hi, hi_batch: tl.int64, hi_head: tl.int64, hi_row: tl.int64,
+    block_offsets, map_batch: tl.int64, map_head: tl.int64, block_list, bit_tiles,
+    bias, bias_batch: tl.int64, bias_head: tl.int64, bias_row: tl.int64, bias_key: tl.int64,
+    alibi, alibi_batch: tl.int64, alibi_head: tl.int64,
+    sinks, seed, threshold: tl.int32, keep_scale: tl.float32,
+    q_pos, q_pos_batch: tl.int64, q_pos_row: tl.int64,
+    k_pos, k_pos_batch: tl.int64, k_pos_key: tl.int64,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
+    PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_RANGES: tl.constexpr, DESCENDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`heads` and `planes` count what a grid row is: query heads, or, PACKED, K/V heads. With SPLIT the program takes
+    SPLIT keys only and leaves its state in `partials` (see decode.py)."""
+    pid = tl.program_id(0)
+    split = pid % splits
+    m_block, plane = place(pid // splits, n_blocks, planes, section, DESCENDING)
+    i_b = plane // heads
+    i_h = plane % heads
+    o_r = m_block * M + tl.arange(0, M)
+    if PACKED:
+        o_i = o_r // group
+        o_h = i_h * group + o_r % group
+        i_kv = i_h
+    else:
+        o_i = o_r
+        o_h = tl.zeros([M], tl.int32) + i_h
+        i_kv = i_h // group
+    m_i = o_i < Sq
+    b64, h64, i64 = i_b.to(tl.int64), o_h.to(tl.int64), o_i.to(tl.int64)
+
+    # Strides of q, k, v and out come in units of ALIGN elements, 16 bytes where they can: the compiler sees it.
+    k_row = k_row.to(tl.int64) * ALIGN
+    v_row = v_row.to(tl.int64) * ALIGN
+    o_q = (h64 * q_head + i64 * q_row) * ALIGN
+    p_q = q + b64 * q_batch * ALIGN
+    p_k = k + (b64 * k_batch + i_kv.to(tl.int64) * k_head) * ALIGN
+    p_v = v + (b64 * v_batch + i_kv.to(tl.int64) * v_head) * ALIGN
+    b_q0 = load_part(p_q, o_q, 1, m_i, 0, D0, D, True)
+    b_q1 = b_q0
+    if D1 > 0:
+        b_q1 = load_part(p_q, o_q, 1, m_i, D0, D1, D, True)
+
+    first, end = 0, Sk
+    if SPLIT > 0:
+        first = split * SPLIT
+        end = tl.minimum(first + SPLIT, Sk)
+    p_lo, p_hi, p_bias, slope, sink, p_k_pos, b_seed = None, None, None, None, None, None, None
+    if lo is not None:
+        p_lo = lo + b64 * lo_batch + h64 * lo_head
+    if hi is not None:
+        p_hi = hi + b64 * hi_batch + h64 * hi_head
+    b_lo, b_hi = row_bounds(o_i, m_i, p_lo, lo_row, p_hi, hi_row, band_lo, band_hi, first, end)
+    entry, entry_end = 0, 0
+    if block_offsets is not None:
+        p_map = block_offsets + b64 * map_batch + i_h.to(tl.int64) * map_head
+        if PACKED:
+            p_map = block_offsets + b64 * map_batch
+        else:
+            p_map += m_block * M // N
+        entry, entry_end = tl.load(p_map), tl.load(p_map + 1)
+    if bias is not None:
+        p_bias = bias + b64 * bias_batch + h64 * bias_head + i64 * bias_row
+    if alibi is not None:
+        slope = tl.load(alibi + b64 * alibi_batch + h64 * alibi_head)
+    b_q_pos = o_i
+    if q_pos is not None:
+        b_q_pos = tl.load(q_pos + b64 * q_pos_batch + i64 * q_pos_row, mask=m_i, other=0)
+    if k_pos is not None:
+        p_k_pos = k_pos + b64 * k_pos_batch
+    if seed is not None:
+        b_seed = tl.load(seed)
+
+    factor = scale * 1.4426950408889634 if PLAIN else 1.0
+    entries = (block_list, entry, entry_end, bit_tiles)
+    rows = (b_q_pos, p_bias, slope, m_i)
+    terms = (scale, softcap, bias_key, p_k_pos, k_pos_key)
+    dropout = (i_b, o_h, b_seed, threshold)
+    m, l, acc0, acc1 = attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, rows, terms, factor,
+                              dropout, M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP, HAS_RANGES, False,
+                              PRECISION)  # fmt: skip
+    wrong = has_nan(acc0)
+    if DV1 > 0:
+        wrong = wrong | has_nan(acc1)
+    if wrong:
+        m, l, acc0, acc1 = attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, rows, terms,
+                                  factor, dropout, M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP, HAS_RANGES,
+                                  True, PRECISION)  # fmt: skip
+
+    if SPLIT > 0:
+        part = (plane.to(tl.int64) * n_blocks + m_block) * splits + split
+        o_part = part * M + tl.arange(0, M)
+        tl.store(partials + o_part * (DV + 2), m)
+        tl.store(partials + o_part * (DV + 2) + 1, l)
+        every = tl.full([M], True, tl.int1)
+        store_part(partials + 2, o_part * (DV + 2), every, acc0, 0, DV0, DV)
+        if DV1 > 0:
+            store_part(partials + 2, o_part * (DV + 2), every, acc1, DV0, DV1, DV)
+    else:
+        if sinks is not None:
+            sink = tl.load(sinks + o_h)
+        o_out = (b64 * out_batch + h64 * out_head + i64 * out_row) * ALIGN
+        o_lse = (b64 * Hq + h64) * Sq + i64
+        store_rows(acc0, acc1, m, l, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0, DV1, DV)
+
+
+def _strides(t: torch.Tensor | None, sizes: tuple[int, ...]) -> list[int]:
+    """Strides in elements, 0 along the dimensions that broadcast."""
+    if t is None:
+        return [0] * len(sizes)
+    return [0 if t.shape[d] == 1 and size != 1 else t.stride(d) for d, size in enumerate(sizes)]
+
+
+def _columns_adjacent(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
+
+
+def output_like(q: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised [B, Hq, Sq, width] in q's order of heads and rows."""
+    B, H, S, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((B, S, H, width), dtype=dtype).transpose(1, 2)
+    return q.new_empty((B, H, S, width), dtype=dtype)
+
+
+def precision() -> str:
+    """Products of float32: IEEE, or TF32 where torch's own flag allows it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def dropout_scalars(p: float) -> tuple[int, float]:
+    """The threshold of kept words, its 32 bits as a signed number, and the factor on what is kept."""
+    threshold = min(int(p * 2**32), 2**32 - 1)
+    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - p)
+
+
+def clamp_band(band: int | None, unlimited: int, length: int) -> int:
+    """A band's scalar as 32 bits; past `length` rows or keys all numbers mean the same."""
+    return unlimited if band is None else max(-length, min(length, band))
+
+
+def in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """(unit, the strides of batch, head and row of each tensor in it): 16 bytes of the first's dtype, or 1 element."""
+    strides = [s for t in tensors for s in t.stride()[:3]]
+    unit = 16 // tensors[0].element_size()
+    if any(s % unit for s in strides):
+        unit = 1
+    return unit, [s // unit for s in strides]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut: the tile, whether a group's heads are packed into rows, and in how many splits of keys."""
+
+    tile: launch.AttentionLaunch
+    packed: bool
+    rows: int
+    splits: int
+
+
+def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool) -> Plan:
+    Hq, Sq, D = q.shape[1:]
+    Hkv, Sk = k.shape[1:3]
+    group = Hq // Hkv if Hkv else 1
+    packed = group > 1 and Sq < launch.DECODE_ROWS and not bits_by_head
+    rows = Sq * group if packed else Sq
+    width = max(sum(launch.parts(D)), sum(launch.parts(v.shape[3])))
+    tile = launch.attention(launch.architecture(q.device), q.element_size(), width, rows, bits)
+    split = rows <= launch.DECODE_ROWS and Sk > launch.DECODE_SPLIT
+    return Plan(tile, packed, rows, -(-Sk // launch.DECODE_SPLIT) if split else 1)
+
+
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool) -> str:
+    """The row of the launch table, for people."""
+    p = plan(q, k, v, bits, bits_by_head)
+    tile = p.tile
+    text = f"attention, {tile.M} x {tile.N} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
+    if p.packed:
+        text += f", {q.shape[1] // k.shape[1]} heads packed into {p.rows} rows"
+    if p.splits > 1:
+        text += f", {p.splits} splits of {launch.DECODE_SPLIT} keys"
+    return text
+
+
+def attention_fwd(
+    q, k, v, scale, band_lo, band_hi, lo, hi, block_offsets, block_list, bit_tiles, bias, alibi_slopes, softcap,
+    dropout_p, dropout_seed, q_pos, k_pos, block_table, kv_lengths, k_scale, v_scale, sinks, out_fp32,
+):  # fmt: skip
+    """The op; arguments and results as in csrc/ops.cpp."""
+    for name, t in (("block_table", block_table), ("kv_lengths", kv_lengths), ("k_scale", k_scale)):
+        if t is not None:
+            raise ValueError(
+                f"fastattn: {name} is not served by the Triton kernels: no paged or quantised caches"
+            )
+    if _triton.interpreted() and q.dtype == torch.bfloat16:
+        # Triton's interpreter computes wrongly in bfloat16.
+        wide = [t.float() for t in (q, k, v)]
+        rest = [
+            None if bias is None else bias.float(),
+            alibi_slopes,
+            softcap,
+            dropout_p,
+            dropout_seed,
+            q_pos,
+            k_pos,
+        ]
+        out, lse = attention_fwd(
+            *wide, scale, band_lo, band_hi, lo, hi, block_offsets, block_list, bit_tiles, *rest, None, None, None,
+            None, sinks, True,
+        )  # fmt: skip
+        return out if out_fp32 else out.to(q.dtype), lse
+
+    B, Hq, Sq, D = q.shape
+    Hkv, Sk, DV = k.shape[1], k.shape[2], v.shape[3]
+    q, k, v = (_columns_adjacent(t) for t in (q, k, v))
+    out = output_like(q, DV, torch.float32 if out_fp32 else q.dtype)
+    lse = q.new_empty((B, Hq, Sq), dtype=torch.float32)
+    if B * Hq * Sq == 0:
+        return out, lse
+    bits = block_offsets is not None
+    p = plan(q, k, v, bits, bits and block_offsets.shape[1] > 1)
+    tile, group = p.tile, Hq // Hkv
+    heads = Hkv if p.packed else Hq
+    n_blocks, planes = -(-p.rows // tile.M), B * heads
+    split = p.splits > 1
+    partials = None
+    if split:
+        partials = q.new_empty(planes * n_blocks * p.splits * tile.M * (DV + 2), dtype=torch.float32)
+    cache = Sk * (D + DV) * k.element_size() // (1 if p.packed else group)
+    section = max(1, min(planes, launch.SECTION_BYTES // max(cache, 1)))
+    threshold, keep_scale = dropout_scalars(dropout_p)
+    ranges = not (band_lo is band_hi is lo is hi is None)
+    D0, D1 = launch.parts(D)
+    DV0, DV1 = launch.parts(DV)
+    cells = (B, Hq, Sq)
+    unit, strides = in_units(q, k, v, out)
+    attention_kernel[(planes * n_blocks * p.splits,)](
+        q, k, v, out, lse, partials,
+        *strides,
+        Hq, heads, group, Sq, Sk, n_blocks, planes, section, p.splits,
+        float(scale), float(softcap), clamp_band(band_lo, -(2**30), Sq + Sk), clamp_band(band_hi, 2**30, Sq + Sk),
+        lo, *_strides(lo, cells), hi, *_strides(hi, cells),
+        block_offsets, *_strides(block_offsets, (B, Hq)), block_list, bit_tiles,
+        bias, *_strides(bias, (B, Hq, Sq, Sk)), alibi_slopes, *_strides(alibi_slopes, (B, Hq)),
+        sinks, dropout_seed if dropout_p else None, threshold, keep_scale,
+        q_pos, *_strides(q_pos, (B, Sq)), k_pos, *_strides(k_pos, (B, Sk)),
+        D=D, D0=D0, D1=D1, DV=DV, DV0=DV0, DV1=DV1, M=tile.M, N=tile.N,
+        SPLIT=launch.DECODE_SPLIT if split else 0, PACKED=p.packed,
+        ALIGN=unit,
+        PLAIN=bool(scale > 0 and not softcap and bias is None and alibi_slopes is None),
+        HAS_SOFTCAP=bool(softcap), HAS_RANGES=ranges,
+        DESCENDING=ranges and (band_hi is not None or band_lo is None) or bits,
+        PRECISION=precision() if q.dtype == torch.float32 else None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if split:
+        decode.merge(partials, out, lse, sinks, keep_scale, p, n_blocks, heads, group)
+    return out, lse

@@ -1,0 +1,79 @@
+"""The launch table: what tile each kernel takes, how many warps and pipeline stages, and why.
+
+A choice depends on shapes of one batch item, the dtype and the architecture, never on the batch or on how many
+multiprocessors there are: results do not either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# What is left of shared memory for K and V tiles decides the stages; in bytes a block may take.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+
+
+def architecture(device: torch.device) -> str:
+    """The row of SHARED that serves a device; the interpreter's is sm_80."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    if capability in ((8, 6), (8, 9)):
+        return "sm_120"  # as little shared memory
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_120")
+
+
+def parts(size: int) -> tuple[int, int]:
+    """A head size as at most two powers of two, none under 16, or padded to one where that is no wider."""
+    whole = max(16, 1 << (size - 1).bit_length() if size > 1 else 16)
+    low = whole // 2
+    if low < 16 or size <= low:
+        return whole, 0
+    rest = max(16, 1 << (size - low - 1).bit_length() if size > low + 1 else 16)
+    return (low, rest) if low + rest < whole else (whole, 0)
+
+
+# --- attention ---
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """M rows of queries by N keys a step."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+
+# Keys of a split of decode: K and V of 256 KB at head size 128 in bf16, microseconds of memory traffic.
+DECODE_SPLIT = 512
+# Rows that decode packs; more fill a tile of the attention kernel.
+DECODE_ROWS = 64
+# Of the last-level cache, what K and V of the heads in flight may take.
+SECTION_BYTES = 32 << 20
+
+
+def attention(arch: str, itemsize: int, width: int, rows: int, bits: bool) -> AttentionLaunch:
+    """width: the wider of the two heads, its parts together; rows: query rows, packed ones counted; bits: the mask
+    has granules, which are the tile then."""
+    if itemsize == 4:
+        # IEEE products run on the FMA units: small tiles, or the accumulators spill.
+        m, n, warps = (64, 32, 4) if width <= 128 else (32, 32, 4)
+        if bits:
+            n, warps = 64, 8
+    elif bits or width > 128:
+        # Two accumulators of 64 x 64 at head size 64 to 128 are what 4 warps hold.
+        m, n, warps = 64, 64, 4 if width <= 128 else 8
+    else:
+        m, n, warps = 128, 64, 4 if width <= 64 else 8
+    while m > 16 and m // 2 >= rows:
+        m //= 2
+        warps = max(2, warps // 2) if warps > 4 else warps
+    # Q stays; every stage holds a tile of K and one of V.
+    free = SHARED[arch] - m * width * itemsize - (8 << 10)
+    stages = max(1, min(3, free // (2 * n * width * itemsize)))
+    return AttentionLaunch(m, n, warps, stages)
