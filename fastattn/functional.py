@@ -272,7 +272,7 @@ def _run_op(p: Problem, m: Lowered, kernel: str) -> tuple[Tensor, Tensor]:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return op.functorch(*arguments)
     if grad:
-        return op.fwd(*arguments)
+        return op.eager(*arguments)
     with _BelowAutograd():
         return op.fwd(*arguments)
 
