@@ -14,6 +14,7 @@
 #pragma once
 
 #include "attention_sm90_rows.cuh"
+#include "attention_sm90_schedule.cuh"
 #include "attention_sm90_walk.cuh"
 
 namespace fastattn::cuda {
@@ -33,31 +34,9 @@ struct TileSm90<128> {
 };
 template <>
 struct TileSm90<256> {  // a block of 128 keys would need 256 KB; products outweigh the softmax: no baton
-  static constexpr int kConsumers = 2, kKeyGranules = 1, kConsumerRegisters = 224, kProducerRegisters = 56;
+  static constexpr int kConsumers = 2, kKeyGranules = 1, kConsumerRegisters = 232, kProducerRegisters = 40;
   static constexpr bool kBaton = false;
 };
-
-// The order of tiles: sections of heads whose keys and values share the second-level cache, and in a section
-// all heads' longest tile first.
-struct ScheduleSm90 {
-  int tiles, m_blocks, heads, section;  // heads: B * Hq; section: how many of them, the last may have fewer
-  bool last_first;                      // the last rows see the most
-  unsigned* next_tile;                  // zero at launch
-  ScoreUnits units;
-};
-
-struct TileIndex {
-  int batch, head, m_block;
-};
-
-__device__ __forceinline__ TileIndex tile_index(const ScheduleSm90& schedule, const AttentionArgs& args,
-                                                int tile) {
-  const int per_section = schedule.section * schedule.m_blocks, section = tile / per_section;
-  const int rest = tile - section * per_section;
-  const int heads = min(schedule.section, schedule.heads - section * schedule.section);
-  const int m = rest / heads, head = section * schedule.section + rest % heads;
-  return {head / args.Hq, head % args.Hq, schedule.last_first ? schedule.m_blocks - 1 - m : m};
-}
 
 constexpr int kStages = 2;  // of keys and values
 
@@ -77,7 +56,7 @@ struct alignas(1024) SmemSm90 {
   alignas(
       16) uint64_t words[kStages][Tile::kConsumers][Tile::kKeyGranules][kGranule];  // of the tiles it names
   int first_key[kStages];
-  int tile;                                    // comes with q; -1 after the last
+  int tile[2];  // comes with q, in turns as it is written ahead of it; -1 after the last
   KeyRange range[Tile::kConsumers][kGranule];  // a consumer's own notes
 
   uint64_t q_full, q_empty;
@@ -104,19 +83,20 @@ __device__ __forceinline__ void produce(SmemSm90<T, kD>& smem, const TensorMap& 
   constexpr int kBlockBytes = Smem::kN * kD * int(sizeof(T)), kTileBytes = kGranule * int(sizeof(uint64_t));
   const int lane = int(threadIdx.x) % kWarp;
   int tile = int(blockIdx.x);
-  uint32_t keys = 0, values = 0;  // blocks asked for so far; keys' have an end of each tile among them
+  // Tiles so far, modulo 4, and in the bits above them blocks of keys asked for so far with an end of each
+  // tile: one register for two, as this warp has few.
+  uint32_t turns = 0;
+  const auto round = [&] { return turns % 4; };
+  const auto keys = [&] { return turns / 4; };
 
-  for (uint32_t round = 0;; ++round) {
+  while (true) {
     const bool end = tile >= schedule.tiles;
-    unsigned taken = 0;
-    if (lane == 0 && !end) taken = atomicAdd(schedule.next_tile, 1u);
+    if (lane == 0) smem.tile[round() % 2] = end ? -1 : tile;
     const TileIndex index = tile_index(schedule, args, end ? 0 : tile);
-    const int kv_head = index.head / (args.Hq / args.Hkv);
     Walk walk(args, index.batch, index.head, index.m_block * Tile::kConsumers);
 
-    mbarrier_wait(&smem.q_empty, int(round & 1) ^ 1);
+    mbarrier_wait(&smem.q_empty, int(round() & 1) ^ 1);
     if (lane == 0) {
-      smem.tile = end ? -1 : tile;
       if (end) {
         mbarrier_arrive(&smem.q_full);
       } else {
@@ -126,32 +106,31 @@ __device__ __forceinline__ void produce(SmemSm90<T, kD>& smem, const TensorMap& 
       }
     }
     if (end) return;
+    const int kv_head = schedule.by_group.quotient(index.head);
+    // Lane 0 keeps the next tile until the others need it, so that nobody waits for the counter.
+    if (lane == 0) tile = int(gridDim.x + atomicAdd(schedule.next_tile, 1u));
 
     // Keys go ahead of values by a block, as the consumers ask for them.
-    int values_block = -1;
-    bool more = true;
-    while (more || values_block >= 0) {
-      int n_block = -1;
+    bool more = true, values_due = false;
+    while (more || values_due) {
       if (more) {
         typename Walk::Plan plan;
-        n_block = walk.next(plan);
+        const int n_block = walk.next(plan);
         more = n_block >= 0;
-        const int stage = int(keys % kStages);
-        mbarrier_wait(&smem.k_empty[stage], int(keys / kStages & 1) ^ 1);
-        ++keys;
+        const int stage = int(keys() % kStages);
+        mbarrier_wait(&smem.k_empty[stage], int(keys() / kStages & 1) ^ 1);
+        turns += 4;
+        if (lane < Tile::kConsumers) smem.plan[stage][lane] = plan;
         int tiles = 0;
-        if (lane < Tile::kConsumers) {
-          smem.plan[stage][lane] = plan;
 #pragma unroll
-          for (int i = 0; i < Tile::kKeyGranules; ++i) {
-            if (plan.tile[i] < 0) continue;
+        for (int i = 0; i < Tile::kKeyGranules; ++i) {
+          const bool wanted = plan.tile[i] >= 0;
+          tiles += __popc(warp_ballot(wanted));
+          if (wanted) {
             bulk_load(smem.words[stage][lane][i], args.bit_tiles + int64_t(plan.tile[i]) * kGranule,
                       kTileBytes, &smem.k_full[stage]);
-            ++tiles;
           }
         }
-        tiles += shfl_xor(tiles, 1);
-        tiles += shfl_xor(tiles, 2);
         if (lane == 0) smem.first_key[stage] = n_block * Smem::kN;
         __syncwarp();  // the plan is written before lane 0 arrives
         if (lane == 0) {
@@ -164,19 +143,23 @@ __device__ __forceinline__ void produce(SmemSm90<T, kD>& smem, const TensorMap& 
           }
         }
       }
-      if (values_block >= 0) {
+      if (values_due) {
+        // Values loaded before: this tile's block after it, or its end, has been asked for, and `round` ends
+        // before.
+        const uint32_t values = keys() - round() - 2;
         const int stage = int(values % kStages);
         mbarrier_wait(&smem.v_empty[stage], int(values / kStages & 1) ^ 1);
-        ++values;
         if (lane == 0) {
           mbarrier_arrive_expect_tx(&smem.v_full[stage], kBlockBytes);
-          load_panels<Smem::kN, kD>(smem.v[stage], v_map, &smem.v_full[stage], values_block * Smem::kN,
-                                    kv_head, index.batch);
+          const int first_key = smem.first_key[keys() % kStages];  // of the block of keys before the last
+          load_panels<Smem::kN, kD>(smem.v[stage], v_map, &smem.v_full[stage], first_key, kv_head,
+                                    index.batch);
         }
       }
-      values_block = n_block;
+      values_due = more;
     }
-    tile = int(gridDim.x) + shfl(int(taken), 0);
+    tile = shfl(tile, 0);
+    turns = (turns & ~3u) | ((turns + 1) & 3);
   }
 }
 
@@ -214,15 +197,13 @@ __device__ __forceinline__ void consume(SmemSm90<T, kD>& smem, const AttentionAr
   using Tile = TileSm90<kD>;
   using Plan = typename Smem::Plan;
   constexpr int kM = Smem::kM, kN = Smem::kN;
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp % 4;
   const int warpgroup = shfl(int(threadIdx.x) / 128, 0) - 1;
-  const int row_in_granule = warp * 16 + lane / 4;  // and the row 8 below
   const T* q = smem.q + warpgroup * kGranule * 64;
   const ScoreUnits& units = schedule.units;
 
   const auto release = [&](uint64_t* bar) {
     __syncwarp();  // lane 0 speaks for the warp's reads
-    if (lane == 0) mbarrier_arrive(bar);
+    if (thread_index() % kWarp == 0) mbarrier_arrive(bar);
   };
   const auto take_baton = [&] {
     if (Tile::kBaton) named_barrier_sync(1 + warpgroup, 256);
@@ -238,19 +219,19 @@ __device__ __forceinline__ void consume(SmemSm90<T, kD>& smem, const AttentionAr
   const auto stage_of = [](uint32_t count) { return int(count % kStages); };
   const auto parity_of = [](uint32_t count) { return int(count / kStages & 1); };
 
-  for (uint32_t round = 0;; ++round) {
-    mbarrier_wait(&smem.q_full, int(round & 1));
-    const int tile = shfl(smem.tile, 0);
+  for (int turn = 0;; turn ^= 1) {
+    mbarrier_wait(&smem.q_full, turn);
+    const int tile = shfl(smem.tile[turn], 0);
     if (tile < 0) break;
+    const auto index_of_tile = [&] { return tile_index(schedule, args, tile); };
     const auto first_row = [&](const TileIndex& index) {
-      return index.m_block * kM + warpgroup * kGranule + row_in_granule;
+      return index.m_block * kM + warpgroup * kGranule + row_in_granule();
     };
-    if (lane % 4 == 0) {
-      const TileIndex index = tile_index(schedule, args, tile);
-      for (int row = first_row(index), i = row_in_granule; i < row_in_granule + 16; row += 8, i += 8) {
-        KeyRange& range = smem.range[warpgroup][i];
-        if (row < args.Sq) range = key_range(args, index.batch, index.head, row);
-        else range = {0, 0};
+    if (thread_index() % 4 == 0) {
+      const TileIndex index = index_of_tile();
+      const RowRanges ranges(args, uint32_t(index.batch), uint32_t(index.head));
+      for (int row = first_row(index), end = row + 16; row < end; row += 8) {
+        smem.range[warpgroup][row % kGranule] = row < args.Sq ? ranges(uint32_t(row)) : KeyRange{0, 0};
       }
     }
     __syncwarp();
@@ -276,7 +257,7 @@ __device__ __forceinline__ void consume(SmemSm90<T, kD>& smem, const AttentionAr
       const int stage = stage_of(keys);
       transform_scores(s, units);
       if (plan.seen != kSeenWhole) {
-        hide_scores(s, plan, smem.words[stage][warpgroup], smem.range[warpgroup], row_in_granule, key);
+        hide_scores(s, plan, smem.words[stage][warpgroup], smem.range[warpgroup], key);
         cut = true;
       }
       release(&smem.k_empty[stage]);
@@ -314,6 +295,7 @@ __device__ __forceinline__ void consume(SmemSm90<T, kD>& smem, const AttentionAr
         wgmma_fence();
         issue_scores<T, kD, kM, kN>(s, q, smem.k[stage_of(keys)]);
         mbarrier_wait(&smem.v_full[stage_of(values)], parity_of(values));
+        wgmma_fence();  // the wait's loop parts it from the one above
         issue_values<T, kD, kN>(o, p, smem.v[stage_of(values)]);
         pass_baton();
         wgmma_wait<1>(s);
@@ -335,7 +317,7 @@ __device__ __forceinline__ void consume(SmemSm90<T, kD>& smem, const AttentionAr
     }
 
     // Looked up again: over the loop, registers are dearer.
-    const TileIndex index = tile_index(schedule, args, tile);
+    const TileIndex index = index_of_tile();
     finish_rows<T, kD>(args, index.batch, index.head, first_row(index), o, row_max, row_sum, units, cut);
   }
   if (warpgroup == 0) take_baton();  // the last pass

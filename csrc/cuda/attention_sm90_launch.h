@@ -50,25 +50,6 @@ const char* make_rows_map(TensorMap& map, const Operand& x, int batches, int hea
                                Swizzle::B128});
 }
 
-// The order of tiles. Sections are as many heads as have keys and values of at most `cache_bytes` together.
-inline ScheduleSm90 schedule_sm90(const AttentionArgs& args, int rows_of_tile, unsigned* next_tile,
-                                  int64_t cache_bytes) {
-  ScheduleSm90 schedule{};
-  schedule.m_blocks = (args.Sq + rows_of_tile - 1) / rows_of_tile;
-  schedule.heads = args.B * args.Hq;
-  schedule.tiles = schedule.m_blocks * schedule.heads;
-  const int group = args.Hq / args.Hkv;
-  const int64_t kv_head_bytes = 2 * int64_t(args.Sk) * args.D * 2;
-  const int64_t kv_heads = kv_head_bytes > 0 ? cache_bytes / kv_head_bytes : schedule.heads;
-  const int64_t section = (kv_heads < 1 ? 1 : kv_heads) * group;
-  schedule.section = int(section < schedule.heads ? section : schedule.heads);
-  // Bounded above, the band gives later rows more; bounded below only, earlier ones.
-  schedule.last_first = args.band_hi < kUnbounded || args.band_lo <= -kUnbounded;
-  schedule.next_tile = next_tile;
-  schedule.units = score_units(args);
-  return schedule;
-}
-
 // Starts the kernel on `multiprocessors` blocks; T and kD are the call's. `next_tile` is one zeroed counter
 // on the device, alive until the kernel ends. Null, or what went wrong.
 template <class T, int kD>
@@ -77,7 +58,7 @@ const char* launch_attention_sm90(const AttentionArgs& args, unsigned* next_tile
   using Smem = SmemSm90<T, kD>;
   constexpr int64_t kCacheBytes = 32 << 20;  // of a second-level cache of 50 MB
   if (args.B == 0 || args.Hq == 0 || args.Sq == 0) return nullptr;
-  const ScheduleSm90 schedule = schedule_sm90(args, Smem::kM, next_tile, kCacheBytes);
+  const ScheduleSm90 schedule = make_schedule(args, Smem::kM, next_tile, kCacheBytes);
   TensorMap q_map, k_map, v_map;
   const char* refused = make_rows_map<T>(q_map, args.q, args.B, args.Hq, args.Sq, kD, Smem::kM);
   k_map = v_map = q_map;  // without keys nothing is loaded through them

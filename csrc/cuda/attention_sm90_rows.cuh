@@ -36,6 +36,11 @@ __device__ __forceinline__ void transform_scores(float (&s)[kCount], const Score
   for (int i = 0; i < kCount; ++i) s[i] = transform_score(s[i], units);
 }
 
+// The first of a thread's two rows, of the 64 of its warpgroup.
+__device__ __forceinline__ int row_in_granule() {
+  return thread_index() / kWarp % 4 * 16 + thread_index() % kWarp / 4;
+}
+
 // Bits [lo, hi) of a word.
 __device__ __forceinline__ uint64_t range_word(int lo, int hi) {
   const uint64_t below_hi = hi >= 64 ? ~0ull : hi <= 0 ? 0ull : (1ull << hi) - 1;
@@ -53,15 +58,15 @@ template <int kKeyGranules>
 __device__ __forceinline__ void hide_scores(float (&s)[kKeyGranules * 32],
                                             const GranulePlan<kKeyGranules>& plan,
                                             const uint64_t (&words)[kKeyGranules][kGranule],
-                                            const KeyRange* range, int row_in_granule, int key) {
-  const int first_column = int(threadIdx.x) % 4 * 2;
+                                            const KeyRange* range, int key) {
+  const int first_column = thread_index() % 4 * 2, first_row = row_in_granule();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const KeyRange seen = range[row_in_granule + 8 * half];
+    const KeyRange seen = range[first_row + 8 * half];
 #pragma unroll
     for (int g = 0; g < kKeyGranules; ++g) {
       uint64_t word = plan.tile[g] == kFullTile ? ~0ull : 0ull;
-      if (plan.tile[g] >= 0) word = words[g][row_in_granule + 8 * half];
+      if (plan.tile[g] >= 0) word = words[g][first_row + 8 * half];
       const int first = key + g * kGranule;
       if (plan.seen == kSeenByRanges) word &= range_word(seen.lo - first, seen.hi - first);
       word >>= first_column;  // the thread's columns stand at fixed bits
@@ -147,17 +152,18 @@ __device__ __forceinline__ void recompute_row(const AttentionArgs& args, int b, 
                                               const ScoreUnits& units) {
   const int lane = int(threadIdx.x) % kWarp;
   const int kv_head = h / (args.Hq / args.Hkv);
-  const auto row_of = [](const Operand& x, int batch, int head, int index) {
-    return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + index * x.row;
+  // This lane's columns are lane, lane + 32, ...
+  const auto row_of = [&](const Operand& x, int batch, int head, int index) {
+    return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + index * x.row + uint32_t(lane);
   };
   float q[kD / kWarp], o[kD / kWarp];
   const T* q_row = row_of(args.q, b, h, row);
 #pragma unroll
   for (int i = 0; i < kD / kWarp; ++i) {
-    q[i] = to_float(q_row[i * kWarp + lane]);
+    q[i] = to_float(q_row[i * kWarp]);
     o[i] = 0.0f;
   }
-  const KeyRange range = key_range(args, b, h, row);
+  const KeyRange range = RowRanges(args, uint32_t(b), uint32_t(h))(uint32_t(row));
   const int32_t* offsets = nullptr;
   int at = 0, end = 0;
   if (args.block_offsets) {
@@ -180,7 +186,7 @@ __device__ __forceinline__ void recompute_row(const AttentionArgs& args, int b, 
       const T *k_row = row_of(args.k, b, kv_head, key), *v_row = row_of(args.v, b, kv_head, key);
       float score = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kD / kWarp; ++i) score += q[i] * to_float(k_row[i * kWarp + lane]);
+      for (int i = 0; i < kD / kWarp; ++i) score += q[i] * to_float(k_row[i * kWarp]);
 #pragma unroll
       for (int mask = kWarp / 2; mask > 0; mask /= 2) score += shfl_xor(score, mask);
       if (units.transform != ScoreUnits::kNone) score = transform_score(score, units);
@@ -188,17 +194,17 @@ __device__ __forceinline__ void recompute_row(const AttentionArgs& args, int b, 
       bool finite = false;
 #pragma unroll
       for (int i = 0; i < kD / kWarp; ++i) {
-        o[i] += weight * to_float(v_row[i * kWarp + lane]);
+        o[i] += weight * to_float(v_row[i * kWarp]);
         finite |= o[i] - o[i] == 0.0f;
       }
       settled = !warp_any(finite);
     }
   }
-  const int64_t out = b * args.out.batch + h * args.out.head + row * args.out.row;
+  const int64_t out = b * args.out.batch + h * args.out.head + row * args.out.row + uint32_t(lane);
 #pragma unroll
   for (int i = 0; i < kD / kWarp; ++i) {
-    if (args.out_fp32) static_cast<float*>(args.out.data)[out + i * kWarp + lane] = o[i];
-    else static_cast<T*>(args.out.data)[out + i * kWarp + lane] = from_float<T>(o[i]);
+    if (args.out_fp32) static_cast<float*>(args.out.data)[out + i * kWarp] = o[i];
+    else static_cast<T*>(args.out.data)[out + i * kWarp] = from_float<T>(o[i]);
   }
 }
 
@@ -231,13 +237,13 @@ __device__ __forceinline__ void finish_rows(const AttentionArgs& args, int b, in
 
     const int64_t out = b * args.out.batch + h * args.out.head + at * args.out.row;
     if (args.out_fp32) {
-      float* to = static_cast<float*>(args.out.data) + out + lane % 4 * 2;
+      float* to = static_cast<float*>(args.out.data) + out + uint32_t(lane) % 4 * 2;
 #pragma unroll
       for (int i = 0; i < kD / 8; ++i) {
         if (inside) *reinterpret_cast<float2*>(to + i * 8) = {o[i * 4 + half * 2], o[i * 4 + half * 2 + 1]};
       }
     } else {
-      T* to = static_cast<T*>(args.out.data) + out + lane % 4 * 8;
+      T* to = static_cast<T*>(args.out.data) + out + uint32_t(lane) % 4 * 8;
 #pragma unroll
       for (int i = 0; i < kD / 8; i += 4) {
         uint32_t word[4];

@@ -13,12 +13,25 @@ struct KeyRange {
   int lo, hi;
 };
 
-__device__ __forceinline__ KeyRange key_range(const AttentionArgs& args, int b, int h, int row) {
-  KeyRange range{max(0, row + args.band_lo), min(args.Sk - 1, row + args.band_hi) + 1};
-  if (args.lo) range.lo = max(range.lo, args.lo[b * args.lo_batch + h * args.lo_head + row * args.lo_row]);
-  if (args.hi) range.hi = min(range.hi, args.hi[b * args.hi_batch + h * args.hi_head + row * args.hi_row]);
-  return range;
-}
+// The ranges of one head's rows. Unsigned numbers: their upper halves cost no register.
+class RowRanges {
+ public:
+  __device__ __forceinline__ RowRanges(const AttentionArgs& args, uint32_t b, uint32_t h)
+      : args_(args),
+        lo_(args.lo + (int64_t(b) * args.lo_batch + int64_t(h) * args.lo_head)),
+        hi_(args.hi + (int64_t(b) * args.hi_batch + int64_t(h) * args.hi_head)) {}
+
+  __device__ __forceinline__ KeyRange operator()(uint32_t row) const {
+    KeyRange range{max(0, int(row) + args_.band_lo), min(args_.Sk - 1, int(row) + args_.band_hi) + 1};
+    if (args_.lo) range.lo = max(range.lo, lo_[int64_t(row) * args_.lo_row]);
+    if (args_.hi) range.hi = min(range.hi, hi_[int64_t(row) * args_.hi_row]);
+    return range;
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const int32_t *lo_, *hi_;  // not to be read where args has none
+};
 
 // What a warpgroup, 64 rows, sees of a block of keys.
 enum Seen : int {
@@ -57,32 +70,30 @@ class BlockWalk {
   __device__ __forceinline__ BlockWalk(const AttentionArgs& args, int b, int h, int first_granule)
       : args_(args) {
     const int lane = int(threadIdx.x) % kWarp;
-#pragma unroll
+    const RowRanges ranges(args, uint32_t(b), uint32_t(h));
+#pragma unroll 1  // registers are few
     for (int g = 0; g < kQGranules; ++g) {
       int lo = args.Sk, hi = 0, all_lo = 0, all_hi = args.Sk;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         const int row = (first_granule + g) * kGranule + part * kWarp + lane;
         if (row >= args.Sq) continue;
-        const KeyRange range = key_range(args, b, h, row);
+        const KeyRange range = ranges(uint32_t(row));
         all_lo = max(all_lo, range.lo);
         all_hi = min(all_hi, range.hi);
         if (range.lo >= range.hi) continue;
         lo = min(lo, range.lo);
         hi = max(hi, range.hi);
       }
-#pragma unroll
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        lo = min(lo, shfl_xor(lo, mask));
-        hi = max(hi, shfl_xor(hi, mask));
-        all_lo = max(all_lo, shfl_xor(all_lo, mask));
-        all_hi = min(all_hi, shfl_xor(all_hi, mask));
-      }
+      lo = warp_min(lo);
+      hi = warp_max(hi);
+      all_lo = warp_max(all_lo);
+      all_hi = warp_min(all_hi);
       if (lane == g) some_ = {lo, hi}, all_ = {all_lo, all_hi};
     }
     if (!args.block_offsets || some_.lo >= some_.hi) return;
-    const int32_t* offsets =
-        args.block_offsets + b * args.map_batch + h * args.map_head + first_granule + lane;
+    const int32_t* offsets = args.block_offsets + uint32_t(b) * args.map_batch + uint32_t(h) * args.map_head +
+                             first_granule + lane;
     first_ = offsets[0];
     // The entries below the range's end, by halving.
     int end = offsets[1];
@@ -104,17 +115,14 @@ class BlockWalk {
     } else if (some_.hi > some_.lo) {
       block = (some_.hi - 1) / kKeys;
     }
-#pragma unroll
-    for (int mask = 1; mask < kLanes; mask *= 2) block = max(block, shfl_xor(block, mask));
-    block = shfl(block, 0);
+    block = warp_max(block);
     bool any = false, all = true, cut = false;
 #pragma unroll
     for (int i = kKeyGranules - 1; i >= 0; --i) {
       const int granule = block * kKeyGranules + i, key = granule * kGranule;
       int tile = listed ? kEmptyTile : kFullTile;
       if (listed && granule_ == granule && block >= 0) {
-        tile = args_.block_list[2 * at_ - 1];
-        --at_;
+        tile = args_.block_list[2 * at_ + 1];
         read_entry();
       }
       if (key >= some_.hi || key + kGranule <= some_.lo) tile = kEmptyTile;
@@ -129,15 +137,13 @@ class BlockWalk {
   }
 
  private:
-  static constexpr int kLanes = kQGranules > 2 ? 4 : kQGranules;
-
   __device__ __forceinline__ void read_entry() {
-    granule_ = at_ > first_ ? args_.block_list[2 * at_ - 2] : -1;
+    granule_ = --at_ >= first_ ? args_.block_list[2 * at_] : -1;
   }
 
   const AttentionArgs& args_;
   KeyRange some_{0, 0}, all_{0, 0};  // keys that some row, that every row sees
-  int first_ = 0, at_ = 0;           // list entries [first_, at_) are still to come
+  int first_ = 0, at_ = 0;           // list entries [first_, at_] are still to come
   int granule_ = -1;                 // of the last of them
 };
 

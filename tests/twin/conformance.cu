@@ -74,10 +74,12 @@ __global__ void shuffle_kernel(int* out) {
   out[64 + lane] = int(warp_ballot(lane % 3 == 0));
   out[96 + lane] = warp_any(lane == 31) + 2 * warp_any(lane == 32);
   out[128 + lane] = int(warp_or(1u << (lane % 5)));
+  out[160 + lane] = warp_min((lane * 11 + 5) % 32 - 20);
+  out[192 + lane] = warp_max((lane * 11 + 5) % 32 - 20);
 }
 
 std::string test_shuffle() {
-  Buffer<int> out(std::vector<int>(160));
+  Buffer<int> out(std::vector<int>(224));
   launch(shuffle_kernel, dim3(1), dim3(32), 0, nullptr, out.data());
   if (const std::string error = host::finish(); !error.empty()) return error;
   out.fetch();
@@ -86,7 +88,8 @@ std::string test_shuffle() {
     if (i < 32) return (lane ^ 5) * 3;
     if (i < 64) return 63;
     if (i < 96) return int(0x49249249);
-    return i < 128 ? 1 : 31;
+    if (i < 160) return i < 128 ? 1 : 31;
+    return i < 192 ? -20 : 11;
   });
 }
 

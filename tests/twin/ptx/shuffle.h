@@ -16,6 +16,8 @@ namespace fastattn::cuda {
 
 using twin::kAllLanes;
 
+inline int thread_index() { return int(threadIdx.x); }
+
 template <class T>
 T shfl_xor(T value, int mask) {
   return twin::warp_collective("shfl_xor", kAllLanes, value, [](T*) {})[twin::self->lane() ^ mask];
@@ -36,6 +38,14 @@ inline uint32_t warp_or(uint32_t value) {
   uint32_t bits = 0;
   for (int lane = 0; lane < twin::kWarpSize; ++lane) bits |= all[lane];
   return bits;
+}
+inline int warp_min(int value) {
+  const int* all = twin::warp_collective("warp_min", kAllLanes, value, [](int*) {});
+  return *std::min_element(all, all + twin::kWarpSize);
+}
+inline int warp_max(int value) {
+  const int* all = twin::warp_collective("warp_max", kAllLanes, value, [](int*) {});
+  return *std::max_element(all, all + twin::kWarpSize);
 }
 
 }  // namespace fastattn::cuda
