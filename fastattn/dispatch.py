@@ -6,6 +6,7 @@ with its reason. There is no other fallback anywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,23 +96,35 @@ _FORWARD_AD = "forward-mode AD needs tangents, which a custom op would silently 
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _refuse_rows_gpu(p: RowProblem, what: str) -> str | None:
+def _refuse_rows_cuda(p: RowProblem) -> str | None:
     if p.device.type != "cuda":
         return f"x is on {p.device.type}, not on a CUDA or ROCm device"
-    return f"no {what} kernel of {p.op} is in this version"
-
-
-def _refuse_rows_cuda(p: RowProblem) -> str | None:
-    return _refuse_rows_gpu(p, "CUDA C++")
+    return f"no CUDA C++ kernel of {p.op} is in this version"
 
 
 def _refuse_rows_triton(p: RowProblem) -> str | None:
-    return _refuse_rows_gpu(p, "Triton")
+    reason = _triton.refuse("x", p.device, p.backend == "triton") or _refuse_rows(p)
+    if reason is not None:
+        return reason
+    width = math.prod(p.normalized_shape) if p.normalized_shape else p.x.shape[p.dim]
+    if width >= 2**31 - 2**16:
+        return f"rows of {width} entries, the kernel takes fewer than 2^31 - 2^16"
+    if p.x.numel() >= (2**31 - 1) * max(width, 1):
+        return "more rows than a grid holds, 2^31 - 1"
+    return None
 
 
 def _refuse_rows_cpu(p: RowProblem) -> str | None:
     if p.device.type != "cpu":
         return f"x is on {p.device.type}"
+    reason = _refuse_rows(p)
+    if reason is None and p.x.dim() > 9:
+        return f"x has {p.x.dim()} dimensions, the kernel takes up to 9"
+    return reason
+
+
+def _refuse_rows(p: RowProblem) -> str | None:
+    """What no kernel takes."""
     dtypes = {name: t.dtype for name, t in p.tensors().items()} | {"dtype": p.dtype, "sum_dtype": p.sum_dtype}
     for name, dtype in dtypes.items():
         if dtype is not None and dtype not in _ROW_DTYPES:
@@ -122,8 +135,6 @@ def _refuse_rows_cpu(p: RowProblem) -> str | None:
         return "torch.func transforms the call, at any depth and order: that takes plain PyTorch"
     if p.x.dim() == 0:
         return "x is a single number, without a row"
-    if p.x.dim() > 9:
-        return f"x has {p.x.dim()} dimensions, the kernel takes up to 9"
     return None
 
 

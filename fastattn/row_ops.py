@@ -1,4 +1,4 @@
-"""The row ops as torch sees them: fakes with true strides, autograd, second derivatives, vmap.
+"""The row ops as torch sees them: fakes with true strides, autograd, second derivatives; for every namespace of ops.
 
 Outputs are contiguous, whatever x's strides. The forwards below are the differentiable ones; rows.py calls the ops
 that write into a given tensor where no gradient is wanted.
@@ -6,28 +6,24 @@ that write into a given tensor where no gradient is wanted.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from . import _library, reference  # noqa: F401  the op library has to be loaded first
-
-_ops = torch.ops.fastattn
+from . import _library, _triton, reference  # noqa: F401  the op library has to be loaded first
 
 
-@torch.library.register_fake("fastattn::softmax_fwd")
-def _(x, dim, mask, bias, scale, causal, out_fp32):
+def _fake_softmax_fwd(x, dim, mask, bias, scale, causal, out_fp32):
     return x.new_empty(x.shape, dtype=torch.float32 if out_fp32 else x.dtype)
 
 
-@torch.library.register_fake("fastattn::softmax_out")
-def _(x, dim, mask, bias, scale, causal, out):
+def _fake_softmax_out(x, dim, mask, bias, scale, causal, out):
     return None
 
 
-@torch.library.register_fake("fastattn::softmax_bwd")
-def _(dy, y, dim, bias, scale, x_dtype, needs):
+def _fake_softmax_bwd(dy, y, dim, bias, scale, x_dtype, needs):
     dx = y.new_empty(y.shape if needs[0] else (0,), dtype=x_dtype)
     if bias is None or not needs[1]:
         return dx, y.new_empty(0, dtype=torch.float32)
@@ -40,28 +36,23 @@ def _stats(x: Tensor, row_dims: int, rms: bool) -> Tensor:
     return x.new_empty((1 if rms else 3, math.prod(x.shape[: x.dim() - row_dims])), dtype=torch.float32)
 
 
-@torch.library.register_fake("fastattn::norm_fwd")
-def _(x, row_dims, weight, bias, eps, weight_offset, rms):
+def _fake_norm_fwd(x, row_dims, weight, bias, eps, weight_offset, rms):
     return x.new_empty(x.shape), _stats(x, row_dims, rms)
 
 
-@torch.library.register_fake("fastattn::norm_out")
-def _(x, row_dims, weight, bias, eps, weight_offset, rms, out):
+def _fake_norm_out(x, row_dims, weight, bias, eps, weight_offset, rms, out):
     return None
 
 
-@torch.library.register_fake("fastattn::add_norm_fwd")
-def _(x, residual, row_dims, weight, bias, eps, weight_offset, rms, sum_dtype):
+def _fake_add_norm_fwd(x, residual, row_dims, weight, bias, eps, weight_offset, rms, sum_dtype):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=sum_dtype), _stats(x, row_dims, rms)
 
 
-@torch.library.register_fake("fastattn::add_norm_out")
-def _(x, residual, row_dims, weight, bias, eps, weight_offset, rms, out, sum_out):
+def _fake_add_norm_out(x, residual, row_dims, weight, bias, eps, weight_offset, rms, out, sum_out):
     return None
 
 
-@torch.library.register_fake("fastattn::norm_bwd")
-def _(dy, dsum, h, stats, row_dims, weight, bias_dtype, weight_offset, rms, needs):
+def _fake_norm_bwd(dy, dsum, h, stats, row_dims, weight, bias_dtype, weight_offset, rms, needs):
     shape = h.shape[h.dim() - row_dims :]
     none = h.new_empty(0, dtype=torch.float32)
     return (
@@ -107,7 +98,7 @@ def _sum_to(t: Tensor, shape: torch.Size) -> Tensor:
     return t.sum_to_size(shape) if t.shape != shape else t
 
 
-def _softmax_backward(ctx, dy):
+def _softmax_backward(ops, ctx, dy):
     y, *rest = ctx.saved_tensors
     bias = rest[0] if rest else None
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
@@ -120,13 +111,10 @@ def _softmax_backward(ctx, dy):
         else:
             if ctx.dim == y.dim() - 1:
                 dy = as_rows(dy, 1)
-            dx, dbias = _ops.softmax_bwd(dy, y, ctx.dim, bias, ctx.scale, ctx.x_dtype, needs)
+            dx, dbias = ops.softmax_bwd(dy, y, ctx.dim, bias, ctx.scale, ctx.x_dtype, needs)
             dx = dx if needs[0] else None
             dbias = _bias_rows_to_shape(dbias, bias, ctx.dim - y.dim() + bias.dim()) if needs[1] else None
     return dx, None, None, dbias, None, None, None
-
-
-torch.library.register_autograd("fastattn::softmax_fwd", _softmax_backward, setup_context=_softmax_setup)
 
 
 def _norm_by_formula(ctx, h, weight, bias, dy, dsum):
@@ -147,7 +135,7 @@ def _norm_by_formula(ctx, h, weight, bias, dy, dsum):
     return dh, dweight, dbias
 
 
-def _norm_gradients(ctx, h, stats, weight, bias, dy, dsum):
+def _norm_gradients(ops, ctx, h, stats, weight, bias, dy, dsum):
     if dy is None:
         return dsum, None, None
     if torch.is_grad_enabled():
@@ -156,7 +144,7 @@ def _norm_gradients(ctx, h, stats, weight, bias, dy, dsum):
     dy = as_rows(dy, row_dims)
     dsum = None if dsum is None else as_rows(dsum, row_dims)
     bias_dtype = None if bias is None else bias.dtype
-    grads = _ops.norm_bwd(dy, dsum, h, stats, row_dims, weight, bias_dtype, offset, rms, ctx.needs)
+    grads = ops.norm_bwd(dy, dsum, h, stats, row_dims, weight, bias_dtype, offset, rms, ctx.needs)
     return tuple(g if need else None for g, need in zip(grads, ctx.needs))
 
 
@@ -179,14 +167,11 @@ def _norm_setup(ctx, inputs, output):
     _save(ctx, x, output[1], weight, bias, (row_dims, eps, offset, rms))
 
 
-def _norm_backward(ctx, dy, _):
+def _norm_backward(ops, ctx, dy, _):
     needs = ctx.needs_input_grad
     ctx.needs = [needs[0], needs[2], needs[3]]
-    dx, dweight, dbias = _norm_gradients(ctx, *_saved(ctx), dy, None)
+    dx, dweight, dbias = _norm_gradients(ops, ctx, *_saved(ctx), dy, None)
     return dx, None, dweight, dbias, None, None, None
-
-
-torch.library.register_autograd("fastattn::norm_fwd", _norm_backward, setup_context=_norm_setup)
 
 
 def _add_norm_setup(ctx, inputs, output):
@@ -195,14 +180,66 @@ def _add_norm_setup(ctx, inputs, output):
     _save(ctx, output[1], output[2], weight, bias, (row_dims, eps, offset, rms))
 
 
-def _add_norm_backward(ctx, dy, dsum, _):
+def _add_norm_backward(ops, ctx, dy, dsum, _):
     needs = ctx.needs_input_grad
     ctx.needs = [needs[0] or needs[1], needs[3], needs[4]]
-    dh, dweight, dbias = _norm_gradients(ctx, *_saved(ctx), dy, dsum)
+    dh, dweight, dbias = _norm_gradients(ops, ctx, *_saved(ctx), dy, dsum)
     dx, dresidual = (
         dh.to(dtype) if need and dh is not None else None for dtype, need in zip(ctx.dtypes, needs)
     )
     return dx, dresidual, None, dweight, dbias, None, None, None, None
 
 
-torch.library.register_autograd("fastattn::add_norm_fwd", _add_norm_backward, setup_context=_add_norm_setup)
+class RowOps:
+    """The row ops of one namespace, each an attribute of its name."""
+
+    def __init__(self, namespace: str):
+        self.namespace = namespace
+        ops = getattr(torch.ops, namespace)
+        self.softmax_fwd, self.softmax_out = ops.softmax_fwd.default, ops.softmax_out.default
+        self.norm_fwd, self.norm_out = ops.norm_fwd.default, ops.norm_out.default
+        self.add_norm_fwd, self.add_norm_out = ops.add_norm_fwd.default, ops.add_norm_out.default
+        self.softmax_bwd, self.norm_bwd = ops.softmax_bwd.default, ops.norm_bwd.default
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"{namespace}::{name}")(fake)
+        for name, setup, backward in (
+            ("softmax_fwd", _softmax_setup, _softmax_backward),
+            ("norm_fwd", _norm_setup, _norm_backward),
+            ("add_norm_fwd", _add_norm_setup, _add_norm_backward),
+        ):
+            backward = functools.partial(backward, self)
+            torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+
+
+_FAKES = {
+    "softmax_fwd": _fake_softmax_fwd,
+    "softmax_out": _fake_softmax_out,
+    "softmax_bwd": _fake_softmax_bwd,
+    "norm_fwd": _fake_norm_fwd,
+    "norm_out": _fake_norm_out,
+    "norm_bwd": _fake_norm_bwd,
+    "add_norm_fwd": _fake_add_norm_fwd,
+    "add_norm_out": _fake_add_norm_out,
+}
+
+# By the name of the kernel in dispatch.py. A further backend registers its namespace here.
+OPS: dict[str, RowOps] = {}
+
+
+def register(kernel: str, namespace: str) -> RowOps:
+    """Fakes and autograd for the row ops of a namespace; `kernel` is its name in dispatch.py."""
+    OPS[kernel] = RowOps(namespace)
+    return OPS[kernel]
+
+
+_triton.define(*_FAKES)
+for _module, _names in (
+    ("softmax", ("softmax_fwd", "softmax_out")),
+    ("softmax_backward", ("softmax_bwd",)),
+    ("norm", ("norm_fwd", "norm_out", "add_norm_fwd", "add_norm_out")),
+    ("norm_backward", ("norm_bwd",)),
+):
+    for _name in _names:
+        _triton.implement(_name, _module)
+register("cpu", "fastattn")
+register("triton", _triton.NAMESPACE)

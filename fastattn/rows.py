@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _info, reference
+from . import _info, _triton, reference
 from .dispatch import ROW_KERNELS, Choice, choose
 from .problem import name_of
-from .row_ops import as_rows, rows_contiguous
+from .row_ops import OPS, RowOps, as_rows, rows_contiguous
 from .row_problem import RowProblem, norm_problem, softmax_problem
 
 __all__ = ["add_layer_norm", "add_rms_norm", "explain", "layer_norm", "rms_norm", "softmax"]
 
-_ops = torch.ops.fastattn
-_softmax_fwd, _softmax_out = _ops.softmax_fwd.default, _ops.softmax_out.default
-_norm_fwd, _norm_out = _ops.norm_fwd.default, _ops.norm_out.default
-_add_norm_fwd, _add_norm_out = _ops.add_norm_fwd.default, _ops.add_norm_out.default
+# The plain calls below are the CPU's.
+_softmax_out, _norm_out = OPS["cpu"].softmax_out, OPS["cpu"].norm_out
 
 
 def softmax(
@@ -75,10 +73,11 @@ def softmax(
     p = softmax_problem(
         x, dim, dtype, mask=mask, bias=bias, scale=scale, causal=causal, out=out, backend=backend
     )
-    if choose(p, ROW_KERNELS).kernel.name == "reference":
+    kernel = choose(p, ROW_KERNELS).kernel.name
+    if kernel == "reference":
         y = reference.softmax(p.x, p.dim, p.dtype, mask=p.mask, bias=p.bias, scale=p.scale, causal=p.causal)
         return y if out is None else out.copy_(y)
-    return _run_softmax(p)
+    return _run_softmax(p, OPS[kernel])
 
 
 def layer_norm(
@@ -266,7 +265,9 @@ class Explanation:
                 parts.append(f"{name} {name_of(t.dtype)}")
         parts += ["causal"] * p.causal + ["gradients"] * p.needs_grad()
         self.call = ", ".join(parts)
-        if self.kernel == "cpu" and p.op != "softmax":
+        if self.kernel == "triton":
+            self.detail = _triton_detail(p, self.notes)
+        if self.kernel in ("cpu", "triton") and p.op != "softmax":
             for name in ("x", "residual"):
                 t = getattr(p, name)
                 if t is not None and not rows_contiguous(t, len(p.normalized_shape)):
@@ -298,6 +299,20 @@ def explain(function, *args, **kwargs) -> Explanation:
     op = function.__name__
     p = softmax_problem(**call.arguments) if function is softmax else norm_problem(op, **call.arguments)
     return Explanation(p, choose(p, ROW_KERNELS))
+
+
+def _triton_detail(p: RowProblem, notes: list[str]) -> str:
+    """The launch of a Triton kernel; adds to `notes` what it copies."""
+    launch = _triton.module("row_launch")
+    if p.op != "softmax":
+        return str(launch.norm(math.prod(p.normalized_shape)))
+    x = _causal_columns(p)
+    out = torch.empty(p.x.shape, device="meta") if p.out is None else p.out
+    mask, bias = _along(p.mask, p), _along(p.bias, p)
+    grid, chosen, _ = _triton.module("softmax").plan(x, p.dim, mask, bias, p.causal, out)
+    if grid is None:
+        notes.append(f"x is copied with dimension {p.dim} last, and the result back")
+    return str(chosen)
 
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -374,18 +389,22 @@ def _along(t: Tensor | None, p: RowProblem) -> Tensor | None:
     return t
 
 
-def _run_softmax(p: RowProblem) -> Tensor:
+def _causal_columns(p: RowProblem) -> Tensor:
+    """x, or a copy with its last stride 1 where the kernel wants that."""
     x = p.x
-    if p.causal and x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
+    return x.contiguous() if p.causal and x.stride(-1) != 1 and x.shape[-1] > 1 else x
+
+
+def _run_softmax(p: RowProblem, ops: RowOps) -> Tensor:
+    x = _causal_columns(p)
     scale = 1.0 if p.scale is None else p.scale
     arguments = (x, p.dim, _along(p.mask, p), _along(p.bias, p), scale, p.causal)
     if p.out is None and _functional(p):
-        return _softmax_fwd(*arguments, p.dtype == torch.float32)
+        return ops.softmax_fwd(*arguments, p.dtype == torch.float32)
     out = _new(p, p.dtype) if p.out is None else p.out
     if p.causal and out.stride(-1) != 1 and out.shape[-1] > 1:
-        return out.copy_(_softmax_fwd(*arguments, p.dtype == torch.float32))
-    _softmax_out(*arguments, out)
+        return out.copy_(ops.softmax_fwd(*arguments, p.dtype == torch.float32))
+    ops.softmax_out(*arguments, out)
     return out
 
 
@@ -397,25 +416,27 @@ def _norm_arguments(p: RowProblem) -> tuple:
 
 
 def _norm(p: RowProblem) -> Tensor:
-    if choose(p, ROW_KERNELS).kernel.name == "reference":
+    kernel = choose(p, ROW_KERNELS).kernel.name
+    if kernel == "reference":
         extra = () if p.rms else (p.bias,)
         y = getattr(reference, p.op)(
             p.x, p.normalized_shape, p.weight, *extra, p.eps, weight_offset=p.weight_offset
         )
         return y if p.out is None else p.out.copy_(y)
-    arguments, row_dims = _norm_arguments(p), len(p.normalized_shape)
+    ops, arguments, row_dims = OPS[kernel], _norm_arguments(p), len(p.normalized_shape)
     x = as_rows(p.x, row_dims)
     if p.out is None and _functional(p):
-        return _norm_fwd(x, *arguments)[0]
+        return ops.norm_fwd(x, *arguments)[0]
     out = _new(p, p.x.dtype) if p.out is None else p.out
     if rows_contiguous(out, row_dims):
-        _norm_out(x, *arguments, out)
+        ops.norm_out(x, *arguments, out)
         return out
-    return out.copy_(_norm_fwd(x, *arguments)[0])
+    return out.copy_(ops.norm_fwd(x, *arguments)[0])
 
 
 def _add_norm(p: RowProblem) -> tuple[Tensor, Tensor]:
-    if choose(p, ROW_KERNELS).kernel.name == "reference":
+    kernel = choose(p, ROW_KERNELS).kernel.name
+    if kernel == "reference":
         extra = () if p.rms else (p.bias,)
         y, total = getattr(reference, p.op)(
             p.x,
@@ -428,15 +449,15 @@ def _add_norm(p: RowProblem) -> tuple[Tensor, Tensor]:
             sum_dtype=p.sum_dtype,
         )
         return _store(y, p.out), _store(total, p.sum_out)
-    arguments, row_dims = _norm_arguments(p), len(p.normalized_shape)
+    ops, arguments, row_dims = OPS[kernel], _norm_arguments(p), len(p.normalized_shape)
     x, residual = as_rows(p.x, row_dims), as_rows(p.residual, row_dims)
     outs = [t for t in (p.out, p.sum_out) if t is not None]
     if (not outs and _functional(p)) or not all(rows_contiguous(t, row_dims) for t in outs):
-        y, total, _ = _add_norm_fwd(x, residual, *arguments, p.sum_dtype)
+        y, total, _ = ops.add_norm_fwd(x, residual, *arguments, p.sum_dtype)
         return _store(y, p.out), _store(total, p.sum_out)
     out = _new(p, p.x.dtype) if p.out is None else p.out
     sum_out = _new(p, p.sum_dtype) if p.sum_out is None else p.sum_out
-    _add_norm_out(x, residual, *arguments, out, sum_out)
+    ops.add_norm_out(x, residual, *arguments, out, sum_out)
     return out, sum_out
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 # NVIDIA by compute capability, AMD by architecture.
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx942",)
+TARGETS = NVIDIA + AMD
 
 
 @dataclass(frozen=True)
 class AotCase:
     """What Triton needs to compile one kernel, and what is expected of the result.
 
-    name: unique in its module and lasting: the committed table of resources is keyed by it.
+    name: lasting, and unique in its module for each target: the committed table of resources is keyed by it.
     fn: the kernel, as @triton.jit made it. Helpers that it calls need no case of their own.
     signature: the arguments that are no constexpr, in any order, to Triton's types: "*fp16", "*i1", "i32", "i64",
         "fp32". An argument that is None in a launch is not listed here but in `constexprs`, as None.
@@ -26,7 +28,7 @@ class AotCase:
     divisible_by_16: the arguments that launches usually see as multiples of 16 (pointers of aligned tensors, strides
         of even sizes). Triton specialises on it: it is what lets an access be 16 bytes wide.
     tensor_cores: a matrix instruction has to be in the code.
-    targets: those that launch this row; a table that differs by architecture yields a case for each.
+    targets: those that launch this row; where the launch differs by architecture there is a case for each.
     """
 
     name: str
