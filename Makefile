@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
+# For the tests, in its interpreter, and one whose figures kernels/resources.json has. Users need 3.6 or newer, or none.
+TRITON ?= triton==3.9.0
 # Test processes; a fast test is mostly one thread.
 JOBS ?= 2
 
-.PHONY: demo test setup build-inplace lint format packaging clean
+.PHONY: demo test aot setup build-inplace lint format packaging clean
 
 # A stamp a kind of setup: `make test` needs more packages than `make demo`.
 $(VENV)/.torch:
@@ -21,6 +23,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,demo,lint]"
 	touch $@
 
@@ -31,6 +34,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Every Triton kernel compiled for five architectures, without a GPU: no spills, nothing over a limit, no regression.
+aot: $(VENV)/.test
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m fastattn.tools.aot --check --jobs $(JOBS)
 
 # The installing routes, each into an environment of its own; slower than the tests, so apart from them.
 packaging: $(VENV)/.test

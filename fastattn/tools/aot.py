@@ -35,14 +35,6 @@ from .. import _triton
 
 TABLE = Path(__file__).resolve().parents[2] / "kernels" / "resources.json"
 
-# Bytes of shared memory a block can have: 163 KiB, 227 KiB and 99 KiB of NVIDIA's, 64 KiB of AMD's.
-SHARED_LIMIT = {
-    "sm_80": 163 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
-}
 TENSOR_MEMORY_LIMIT = 512  # columns, sm_100
 
 # The instructions of the matrix units: mma and wgmma, Blackwell's tcgen05, AMD's.
@@ -146,8 +138,9 @@ def faults(case, target: str, r: Resources) -> list[str]:
     found = []
     if r.spills:
         found.append(f"spills {r.spills} bytes")
-    if r.shared > SHARED_LIMIT[target]:
-        found.append(f"takes {r.shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}")
+    limit = _triton.module("launch").SHARED[target]
+    if r.shared > limit:
+        found.append(f"takes {r.shared} bytes of shared memory, {target} has {limit}")
     if r.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"takes {r.tensor_memory} columns of tensor memory, {target} has {TENSOR_MEMORY_LIMIT}")
     if case.tensor_cores and not r.matrix:
@@ -279,7 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose module/name contains it")
-    parser.add_argument("--target", action="append", choices=tuple(SHARED_LIMIT), help="may be given again")
+    parser.add_argument(
+        "--target", action="append", choices=_triton.module("aot_case").TARGETS, help="may be given again"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     parser.add_argument("--check", action="store_true", help="compare with the committed table")
     parser.add_argument("--write", action="store_true", help="put the figures into the committed table")
