@@ -51,12 +51,8 @@ class TwinError(RuntimeError):
 
 def _fingerprint(source: Path, flags: list[str]) -> str:
     digest = hashlib.sha256(repr(flags).encode())
-    headers = [
-        p
-        for folder in (TWIN, ROOT / "csrc" / "cuda")
-        for p in folder.rglob("*")
-        if p.suffix in (".h", ".cuh")
-    ]
+    suffixes = (".h", ".cuh", ".cpp")
+    headers = [p for folder in (TWIN, ROOT / "csrc") for p in folder.rglob("*") if p.suffix in suffixes]
     for path in [source, *sorted(headers)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -88,7 +84,7 @@ def _build(source: str | Path, kind: str, extra: tuple[str, ...], link: list[str
                 str(fresh_object),
             ]
             sanitizers = [f for f in flags if f.startswith("-fsanitize")]
-            for command in (compile_, ["g++", *sanitizers, *link, str(fresh_object), "-o", str(fresh)]):
+            for command in (compile_, ["g++", *sanitizers, str(fresh_object), *link, "-o", str(fresh)]):
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -97,9 +93,9 @@ def _build(source: str | Path, kind: str, extra: tuple[str, ...], link: list[str
     return target
 
 
-def library(source: str | Path, *extra: str) -> ctypes.CDLL:
-    """The library of a source in tests/twin, with extra compiler flags; every exported function gives text."""
-    return ctypes.CDLL(str(_build(source, "plain", extra, ["-shared"], ".so")))
+def library(source: str | Path, *extra: str, link: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of a source in tests/twin, with extra flags; every exported function gives text."""
+    return ctypes.CDLL(str(_build(source, "plain", extra, ["-shared", *link], ".so")))
 
 
 def program(source: str | Path, kind: str = "plain", *extra: str) -> Path:

@@ -136,6 +136,7 @@ class Block {
       fibers[i].index = int(i);
       fibers[i].thread = {unsigned(i % dim.x), unsigned(i / dim.x % dim.y), unsigned(i / dim.x / dim.y)};
       if (spare_stacks.empty()) {
+        const sanitizer::Observed fresh;  // new memory, whatever an earlier thread did at this address
         fibers[i].stack.reset(new unsigned char[options.stack_bytes]);
       } else {
         fibers[i].stack = std::move(spare_stacks.back());
@@ -144,7 +145,13 @@ class Block {
     }
   }
   ~Block() {
-    for (Fiber& fiber : fibers) spare_stacks.push_back(std::move(fiber.stack));
+    if (sanitizer::kThread) {  // a stack that is used again would look shared between the two threads
+      const sanitizer::Observed freed;
+      for (Fiber& fiber : fibers) fiber.stack.reset();
+    }
+    for (Fiber& fiber : fibers) {
+      if (fiber.stack) spare_stacks.push_back(std::move(fiber.stack));
+    }
   }
 
   void run(const std::function<void()>& body) {

@@ -75,6 +75,12 @@ inline void enter(FiberState&, FiberState&) {}
 
 #endif
 
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThread = true;
+#else
+constexpr bool kThread = false;
+#endif
+
 // Red zones.
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,10 +1,14 @@
-// Storage types of the CPU kernels. Arithmetic is always fp32; these only say how a number lies in memory.
+// Storage types of the kernels. Arithmetic is always fp32; these only say how a number lies in memory.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#define FASTATTN_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fastattn {
 

@@ -1,0 +1,33 @@
+"""The CUDA row ops on CPU tensors, through the bindings that the CUDA library has: torch.ops.fastattn_cuda."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from . import build
+
+TORCH = Path(torch.__file__).parent
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """Builds and loads tests/twin/rows_ops.cpp; registers the ops."""
+    include = [f"-isystem{TORCH / 'include' / folder}" for folder in (".", "torch/csrc/api/include")]
+    link = (f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
+    library = build.library(
+        "rows_ops.cpp", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", *include, link=link
+    )
+    library.launched.restype = ctypes.c_char_p
+    return library
+
+
+def run(seed: int, function, *arguments):
+    """(result, names of the kernels that ran) of an op under a schedule."""
+    library = load()
+    library.set_seed(ctypes.c_uint64(seed))
+    result = function(*arguments)
+    return result, library.launched().decode().split("\n")[:-1]
