@@ -61,4 +61,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// x, of which the compiler knows nothing: what depends on it is computed here, not ahead of a loop, where it
+// would hold registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace fastattn::cuda

@@ -38,4 +38,6 @@ inline float exp2_approx(float x) {
 }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 
+inline int opaque(int x) { return x; }
+
 }  // namespace fastattn::cuda
