@@ -271,5 +271,5 @@ def test_refused_layouts(twin, change):
 def test_sanitizers(kind):
     program = build.program("attention_sm90.cpp", kind, "-DFASTATTN_ONLY_D=64")
     for seed in (0, 5):
-        result = build.run(program, seed)
+        result = build.run(program, seed, 2)
         assert result.returncode == 0, result.stdout + result.stderr[-4000:]
