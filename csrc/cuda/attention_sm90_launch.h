@@ -39,8 +39,8 @@ inline const char* attention_sm90_refusal(const AttentionArgs& args) {
 template <class T>
 const char* make_rows_map(TensorMap& map, const Operand& x, int batches, int heads, int rows, int columns,
                           int box_rows) {
-  // A dimension of one has any stride; 16 bytes is always allowed.
-  const auto bytes = [](int64_t stride, int size) { return size > 1 ? uint64_t(stride) * 2 : uint64_t{16}; };
+  // A dimension of one may come with any stride; a row's length is always allowed.
+  const auto bytes = [=](int64_t stride, int size) { return uint64_t(size > 1 ? stride : columns) * 2; };
   return make_tensor_map(map, {x.data,
                                std::is_same_v<T, bf16>,
                                4,

@@ -38,6 +38,27 @@ TWIN_EXPORT const char* attention_args_size(uint64_t size) {
   return size == sizeof(AttentionArgs) ? nullptr : "the test's AttentionArgs has another size";
 }
 
+// Every tile of every head comes once, sections of heads in order, each head's tiles in the order of their
+// work.
+TWIN_EXPORT const char* attention_tiles(uint64_t seed, const AttentionArgs* args, int rows_of_tile,
+                                        int64_t cache_bytes) {
+  return twin::guarded(seed, [&] {
+    const ScheduleSm90 schedule = make_schedule(*args, rows_of_tile, nullptr, cache_bytes);
+    std::vector<int> seen(size_t(schedule.tiles)), section_of(size_t(args -> B * args->Hq), -1);
+    for (int tile = 0; tile < schedule.tiles; ++tile) {
+      const TileIndex index = tile_index(schedule, *args, tile);
+      const int head = index.batch * args->Hq + index.head;
+      if (index.head >= args->Hq || index.m_block >= schedule.m_blocks)
+        twin::fail("a tile outside of the call");
+      if (seen[size_t(head * schedule.m_blocks + index.m_block)]++) twin::fail("a tile comes twice");
+      if (head / schedule.section != tile / (schedule.section * schedule.m_blocks))
+        twin::fail("not in its section");
+      const int first = schedule.last_first ? schedule.m_blocks - 1 : 0;
+      if (section_of[size_t(head)]++ < 0 && index.m_block != first) twin::fail("not the longest first");
+    }
+  });
+}
+
 TWIN_EXPORT const char* attention_forward(uint64_t seed, const AttentionArgs* args, int is_bf16,
                                           int multiprocessors) {
   return twin::guarded(seed, [&] {
@@ -164,13 +185,18 @@ struct Problem {
 // different blocks, two tiles after another. The first case alone is tiny.
 int main(int argc, char** argv) {
   const uint64_t seed = argc > 1 ? uint64_t(std::atoi(argv[1])) : 0;
-  const int count = argc > 2 ? std::atoi(argv[2]) : 3;
-  const Case cases[] = {{64, 300, 300, -kUnbounded, 0, false, false},
+  const int count = argc > 2 ? std::atoi(argv[2]) : 4;
+  const Case cases[] = {{64, 100, 100, -kUnbounded, 0, false, false},
+                        {64, 300, 300, -kUnbounded, 0, false, false},
                         {64, 250, 900, -300, 130, true, true},
                         {64, 200, 1000, -kUnbounded, kUnbounded, true, false}};
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < std::min(count, 4); ++i) {
     Problem problem(cases[i]);
     if (const char* error = attention_forward(seed, &problem.args, 1, 1)) {
+      std::printf("case %d: %s\n", i, error);
+      return 1;
+    }
+    if (const char* error = attention_tiles(seed, &problem.args, 64, 1)) {
       std::printf("case %d: %s\n", i, error);
       return 1;
     }

@@ -204,7 +204,7 @@ BUGS = [
         "else if (key < all_.lo || key + kGranule > all_.hi)",
         "else if (key < all_.lo)",
     ),
-    ("search one short", WALK, "low = middle + 1;", "low = middle + 2;"),
+    ("search one short", WALK, "else end = middle;", "else end = middle - (middle > first_);"),
     ("a tile's last section", SCHEDULE, "section == schedule.sections - 1", "section == schedule.sections"),
 ]
 
@@ -213,8 +213,8 @@ UNSEEN = [
     (
         "baton passed before the products",
         KERNEL,
-        "      take_baton();\n      wgmma_fence();",
-        "      take_baton();\n      pass_baton();\n      wgmma_fence();",
+        "      issue_scores<T, kD, kM, kN>(s, q, smem.k[stage_of(keys)]);\n      pass_baton();",
+        "      pass_baton();\n      issue_scores<T, kD, kM, kN>(s, q, smem.k[stage_of(keys)]);",
     ),
     ("no fence_mbarrier_init", KERNEL, "    fence_mbarrier_init();\n", ""),
     ("the last baton left lying", KERNEL, "  if (warpgroup == 0) take_baton();", "  //"),
