@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _library, _triton, reference  # noqa: F401  the op library has to be loaded first
+from .eager import eager
 from .masks.bits import Bits
 from .masks.lower import _transpose
 
@@ -115,8 +116,8 @@ def _backward_of(ops: Ops):
 class Ops:
     """The attention ops of one namespace.
 
-    fwd: the op itself. eager: the same with its gradient, without what register_autograd spends on every call (it
-    walks the schema: 0.2 ms). functorch: for torch.func, whose grad and vjp refuse what register_autograd makes.
+    fwd: the op itself. eager: see eager.py. functorch: for torch.func, whose grad and vjp refuse what register_autograd
+    makes.
     functorch_bwd is set by transforms.py, which has the derivative of the backward.
     """
 
@@ -138,16 +139,8 @@ class Ops:
 
             setup_context = staticmethod(_setup)
 
-        class EagerAttention(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *arguments):
-                with _BelowAutograd():
-                    results = fwd(*arguments)
-                _setup(ctx, arguments, results)
-                return results
-
-        EagerAttention.backward = FunctorchAttention.backward = staticmethod(backward)
-        self.functorch, self.eager = FunctorchAttention.apply, EagerAttention.apply
+        FunctorchAttention.backward = staticmethod(backward)
+        self.functorch, self.eager = FunctorchAttention.apply, eager(fwd, _setup, backward)
 
     def backward(self, *arguments):
         """attention_bwd, by the shortest way that this context allows."""

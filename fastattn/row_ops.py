@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _library, _triton, reference  # noqa: F401  the op library has to be loaded first
+from .eager import eager
 
 
 def _fake_softmax_fwd(x, dim, mask, bias, scale, causal, out_fp32):
@@ -202,6 +203,7 @@ class RowOps:
         self.softmax_bwd, self.norm_bwd = ops.softmax_bwd.default, ops.norm_bwd.default
         for name, fake in _FAKES.items():
             torch.library.register_fake(f"{namespace}::{name}")(fake)
+        self._eager = {}
         for name, setup, backward in (
             ("softmax_fwd", _softmax_setup, _softmax_backward),
             ("norm_fwd", _norm_setup, _norm_backward),
@@ -209,6 +211,11 @@ class RowOps:
         ):
             backward = functools.partial(backward, self)
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+            self._eager[name] = eager(getattr(self, name), setup, backward)
+
+    def differentiable(self, name: str):
+        """The forward of that name for a call that wants gradients, by the shortest way that the context allows."""
+        return getattr(self, name) if torch.compiler.is_compiling() else self._eager[name]
 
 
 _FAKES = {

@@ -400,7 +400,7 @@ def _run_softmax(p: RowProblem, ops: RowOps) -> Tensor:
     scale = 1.0 if p.scale is None else p.scale
     arguments = (x, p.dim, _along(p.mask, p), _along(p.bias, p), scale, p.causal)
     if p.out is None and _functional(p):
-        return ops.softmax_fwd(*arguments, p.dtype == torch.float32)
+        return ops.differentiable("softmax_fwd")(*arguments, p.dtype == torch.float32)
     out = _new(p, p.dtype) if p.out is None else p.out
     if p.causal and out.stride(-1) != 1 and out.shape[-1] > 1:
         return out.copy_(ops.softmax_fwd(*arguments, p.dtype == torch.float32))
@@ -426,7 +426,7 @@ def _norm(p: RowProblem) -> Tensor:
     ops, arguments, row_dims = OPS[kernel], _norm_arguments(p), len(p.normalized_shape)
     x = as_rows(p.x, row_dims)
     if p.out is None and _functional(p):
-        return ops.norm_fwd(x, *arguments)[0]
+        return ops.differentiable("norm_fwd")(x, *arguments)[0]
     out = _new(p, p.x.dtype) if p.out is None else p.out
     if rows_contiguous(out, row_dims):
         ops.norm_out(x, *arguments, out)
@@ -453,7 +453,7 @@ def _add_norm(p: RowProblem) -> tuple[Tensor, Tensor]:
     x, residual = as_rows(p.x, row_dims), as_rows(p.residual, row_dims)
     outs = [t for t in (p.out, p.sum_out) if t is not None]
     if (not outs and _functional(p)) or not all(rows_contiguous(t, row_dims) for t in outs):
-        y, total, _ = ops.add_norm_fwd(x, residual, *arguments, p.sum_dtype)
+        y, total, _ = ops.differentiable("add_norm_fwd")(x, residual, *arguments, p.sum_dtype)
         return _store(y, p.out), _store(total, p.sum_out)
     out = _new(p, p.x.dtype) if p.out is None else p.out
     sum_out = _new(p, p.sum_dtype) if p.sum_out is None else p.sum_out
