@@ -65,8 +65,8 @@ struct AttentionBwdArgs : AttentionArgs {
   Operand dout;       // q's type
   const float* dlse;  // null: 0; contiguous [B, Hq, Sq]
 
-  // Of the row pass, contiguous [B, Hq, Sq]: the exponent to subtract (log2 of the row's sum, the sink in it,
-  // +inf for a row that sees nothing), and sum(dout * out) less what dlse adds.
+  // Of the row pass, contiguous [B, Hq, Sq]: the lse with the sink in it, +inf for a row that sees nothing,
+  // and sum(dout * out) less what dlse adds.
   float *exponent, *delta;
   int32_t* extents;  // contiguous [B, Hq, ceil(Sq / 64), 4]: the keys that 64 rows see by ranges (Extent)
 

@@ -141,4 +141,65 @@ class KeyWalk {
   int at_[kGranules], last_[kGranules];
 };
 
+// What the row pass of the backward left about 64 rows: by ranges, the keys they see.
+__device__ __forceinline__ Extent stored_extent(const AttentionBwdArgs& a, int b, int h, int granule) {
+  const int64_t granules = (a.Sq + kGranule - 1) / kGranule;
+  const int4 e = reinterpret_cast<const int4*>(a.extents)[(int64_t(b) * a.Hq + h) * granules + granule];
+  return {e.x, e.y, e.z, e.w};
+}
+
+// A granule of rows that sees the block's keys.
+struct QueryStop {
+  int h, granule, tile;  // granule -1: the walk has ended; tile: kFull or a tile of bits
+  bool covered;          // every row sees every key by ranges
+};
+
+// The Q granules that see 64 keys, head by head of a group, ascending. The same in all threads of a block.
+template <MaskForm kForm>
+class QueryWalk {
+ public:
+  __device__ __forceinline__ QueryWalk(const AttentionBwdArgs& a, int b, int kv, int key)
+      : a_(a), b_(b), key_(key), h_(kv * (a.Hq / a.Hkv)), h_end_(h_ + a.Hq / a.Hkv) {
+    enter();
+  }
+
+  __device__ __forceinline__ QueryStop next() {
+    while (true) {
+      while (at_ < last_) {
+        const int at = at_++;
+        QueryStop stop{h_, at, kFull, false};
+        if (kForm == MaskForm::Bits) {
+          stop.granule = a_.block_list_t[2 * int64_t(at)];
+          stop.tile = a_.block_list_t[2 * int64_t(at) + 1];
+        }
+        const Extent extent = stored_extent(a_, b_, h_, stop.granule);
+        stop.covered = extent.covers(key_, kGranule);
+        if (extent.sees(key_, kGranule)) return stop;
+      }
+      if (++h_ >= h_end_) return {0, -1, kFull, false};
+      enter();
+    }
+  }
+
+ private:
+  // The candidates of head h_: list entries, or granules within the band.
+  __device__ __forceinline__ void enter() {
+    if (kForm == MaskForm::Bits) {
+      const int32_t* offsets =
+          a_.block_offsets_t + b_ * a_.map_t_batch + h_ * a_.map_t_head + key_ / kGranule;
+      at_ = offsets[0];
+      last_ = offsets[1];
+    } else {
+      at_ = max(key_ - a_.band_hi, 0) / kGranule;
+      last_ = (min(key_ + kGranule - a_.band_lo, a_.Sq) + kGranule - 1) / kGranule;
+    }
+  }
+
+  const AttentionBwdArgs& a_;
+  const int b_, key_;
+  int h_;
+  const int h_end_;
+  int at_, last_;
+};
+
 }  // namespace fastattn::cuda

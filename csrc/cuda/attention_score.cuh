@@ -111,6 +111,15 @@ __device__ __forceinline__ int kept_pair(const AttentionArgs& a, uint64_t seed, 
   return kept | keeps(second) << 1;
 }
 
+// Whether row i keeps key j.
+__device__ __forceinline__ bool keeps(const AttentionArgs& a, uint64_t seed, int b, int h, int i, int j) {
+  const auto position = uint32_t(key_position(a, b, j));
+  uint32_t words[4];
+  philox(seed, uint32_t(b), uint32_t(h), uint32_t(query_position(a, b, i)), position / 4, words);
+  const uint32_t low = position & 1 ? words[1] : words[0], high = position & 1 ? words[3] : words[2];
+  return (position & 2 ? high : low) >= a.dropout_threshold;
+}
+
 // Of a warp's accumulator whose elements of this lane start at row i and key j: a bit an element, tile by
 // tile. Drawn before the scores exist, in a loop, because Philox needs the registers that they will take.
 template <int kRowTiles, int kTilesN>

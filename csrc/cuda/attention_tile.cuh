@@ -108,7 +108,6 @@ __device__ __forceinline__ void multiply_rounded(float (&out)[kRowTiles][kTilesD
   static_assert(kTilesN % 2 == 0 && kTilesD % 2 == 0, "B is read 16 x 16 elements at a time");
   const int lane = int(threadIdx.x) % kWarp;
   const LanePlace<kHead> of_b(lane % 16, lane / 16 * 8);
-  b += col;
 #pragma unroll
   for (int n = 0; n < kTilesN; n += 2) {
     uint32_t left[kRowTiles][4];
@@ -122,7 +121,7 @@ __device__ __forceinline__ void multiply_rounded(float (&out)[kRowTiles][kTilesD
 #pragma unroll
     for (int d = 0; d < kTilesD; d += 2) {
       uint32_t right[4];
-      ldmatrix_x4_trans(right, &b[of_b.at(n * 8, d * 8)]);
+      ldmatrix_x4_trans(right, &b[of_b.at(n * 8, col + d * 8)]);
 #pragma unroll
       for (int t = 0; t < kRowTiles; ++t) {
         mma_m16n8k16<T>(out[t][d], left[t], right[0], right[1]);

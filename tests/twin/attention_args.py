@@ -59,7 +59,7 @@ class AttentionBwdArgs(AttentionArgs):
     ]
 
 
-def _operand(t: Tensor | None) -> Operand:
+def operand(t: Tensor | None) -> Operand:
     return Operand() if t is None else Operand(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
 
 
@@ -92,7 +92,7 @@ def fill(
     """
     a.B, a.Hq, a.Sq, a.D = q.shape
     a.Hkv, a.Sk, a.Dv = k.shape[1], k.shape[2], v.shape[3]
-    a.q, a.k, a.v, a.out = (_operand(t) for t in (q, k, v, out))
+    a.q, a.k, a.v, a.out = (operand(t) for t in (q, k, v, out))
     a.out_fp32 = out.dtype == torch.float32
     a.lse = lse.data_ptr()
     a.scale = 1 / math.sqrt(a.D) if scale is None else scale

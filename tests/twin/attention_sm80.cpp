@@ -1,7 +1,9 @@
-// The sm_80 attention kernels for Python: every head size, type and mask form that the macros name.
+// The sm_80 attention kernels for Python: one head size and type a library, all mask forms.
 #include "cuda/attention_sm80.cuh"
 
 #include <twin/binding.h>
+
+#include "cuda/attention_bwd_bias.cuh"
 
 using namespace fastattn::cuda;
 
@@ -10,14 +12,29 @@ using namespace fastattn::cuda;
 #define TWIN_TYPE bf16
 #endif
 
+namespace {
+
+template <class Start>
+void by_form(const AttentionArgs& a, Start start) {
+  if (padded_head(a.D, a.Dv) > TWIN_HEAD) twin::fail("this library is for a smaller head");
+  const bool ranges = a.lo || a.hi || a.band_lo > -kUnbounded || a.band_hi < kUnbounded;
+  if (a.block_list) start(std::integral_constant<MaskForm, MaskForm::Bits>());
+  else if (ranges) start(std::integral_constant<MaskForm, MaskForm::Ranges>());
+  else start(std::integral_constant<MaskForm, MaskForm::None>());
+}
+
+}  // namespace
+
 TWIN_EXPORT const char* attention_forward(uint64_t seed, const AttentionArgs* a) {
   return twin::guarded(seed, [&] {
-    if (padded_head(a->D, a->Dv) > TWIN_HEAD) twin::fail("this library is for a smaller head");
-    const auto start = a->block_list ? launch_attention_forward_sm80<TWIN_TYPE, TWIN_HEAD, MaskForm::Bits>
-                       : a->lo || a->hi || a->band_lo > -kUnbounded || a->band_hi < kUnbounded
-                           ? launch_attention_forward_sm80<TWIN_TYPE, TWIN_HEAD, MaskForm::Ranges>
-                           : launch_attention_forward_sm80<TWIN_TYPE, TWIN_HEAD, MaskForm::None>;
-    start(*a, nullptr);
+    by_form(*a, [&](auto form) { launch_attention_forward_sm80<TWIN_TYPE, TWIN_HEAD, form()>(*a, nullptr); });
+  });
+}
+
+TWIN_EXPORT const char* attention_backward(uint64_t seed, const AttentionBwdArgs* a) {
+  return twin::guarded(seed, [&] {
+    by_form(*a,
+            [&](auto form) { launch_attention_backward_sm80<TWIN_TYPE, TWIN_HEAD, form()>(*a, nullptr); });
   });
 }
 
