@@ -58,8 +58,6 @@ def _refuse_triton(p: Problem) -> str | None:
             return f"{name} is {size}, the Triton kernels take head sizes up to 256"
     if p.has_tangents():
         return _FORWARD_AD
-    if p.needs_grad():
-        return "no Triton backward is in this version"
     if p.Sq + p.Sk >= 2**31 - 2**16 or p.Sq * (p.Hq // max(p.Hkv, 1)) >= 2**31 - 2**16:
         return "sequences of 2^31 rows and keys together and more"
     # 16 rows a block and 512 keys a split at the least: a grid holds 2^31 - 1 blocks.

@@ -77,3 +77,29 @@ def attention(arch: str, itemsize: int, width: int, rows: int, bits: bool) -> At
     free = SHARED[arch] - m * width * itemsize - (8 << 10)
     stages = max(1, min(3, free // (2 * n * width * itemsize)))
     return AttentionLaunch(m, n, warps, stages)
+
+
+# --- attention backward ---
+
+
+def attention_bwd(arch: str, itemsize: int, width: int, bits: bool, keys: bool) -> AttentionLaunch:
+    """The passes over keys (`keys`: M rows a step by N keys that stay) and over queries (the other way round).
+
+    width: the wider of the two heads, padded to a power of two. bits: tiles are granules or parts of them.
+    """
+    if itemsize == 4:
+        # IEEE products run on the FMA units: small tiles, or the accumulators spill.
+        m, n = {64: (32, 32), 128: (16, 32)}.get(max(width, 64), (16, 16))
+        return AttentionLaunch(*((m, n) if keys else (n, m)), 8, 1)
+    # Two tiles of operands a stage have to fit beside the two that stay.
+    stages = 1 if arch in ("sm_120", "gfx942") or width > 128 else 2
+    if width > 128:
+        return AttentionLaunch(32, 32, 8, stages)
+    if not keys:
+        if bits or arch == "sm_80":
+            return AttentionLaunch(64, 64, 4 if width <= 64 else 8, stages)
+        return AttentionLaunch(128, 64, 8, stages)
+    # dK and dV of N keys, S and dP of M x N and the rows' statistics are what 255 registers have to hold.
+    if width <= 64 and arch in ("sm_90", "sm_100"):
+        return AttentionLaunch(64, 64 if bits else 128, 8, stages)
+    return AttentionLaunch(32, 64, 8, stages)
