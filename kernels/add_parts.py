@@ -17,7 +17,7 @@ from .aot_case import AotCase
 from .rows import device_of, lanes, row_aot_cases
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_parts(parts, out, count, N, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     row = (tl.program_id(0) // columns).to(tl.int64)
     o_n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -142,7 +142,7 @@ def _normalised(b_h, b_power, b_mean, b_rest, b_rstd, weight, bias, offset, o_n,
     return b_y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _norm(
     x,
     residual,

@@ -70,7 +70,7 @@ def _weight(weight, offset, o_n, N):
     return tl.load(weight + o_n, mask=o_n < N, other=0).to(tl.float32) + offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _norm_backward(
     dy,
     dsum,
@@ -182,7 +182,7 @@ def _norm_backward(
             tl.store(dbiases + p_part, tl.sum(b_db, 0), mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _norm_sums(
     dy,
     h,

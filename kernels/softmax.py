@@ -60,7 +60,7 @@ def _fold(b_s, b_top, b_sum):
     return b_top_now, b_pivot, b_sum, b_e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _softmax(
     x,
     mask,

@@ -36,7 +36,7 @@ from .rows import (
 _PARTS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _dx(
     dy,
     y,

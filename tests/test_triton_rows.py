@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF = float("inf")
 HALF = torch.float16
+DTYPES = (torch.float32, HALF, torch.bfloat16) if torch.cuda.is_available() else (torch.float32, HALF)
 NORMS = ("layer_norm", "rms_norm")
 softmax = functools.partial(rows.softmax, backend="triton")
 
@@ -54,13 +55,45 @@ LENGTHS = [
 LENGTHS += [(4096, "whole"), (32768, "whole"), (32769, "looped"), (70001, "looped")]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, regime", LENGTHS)
 def test_softmax_regimes(launch, n, regime, dtype):
     x = 3 * torch.randn(3 if n < 5000 else 2, n).to(dtype)
     assert str(launch.softmax(n, plain=True, strided=False)).startswith(regime)
     assert f"{regime} rows" in str(rows.explain(softmax.func, x, backend="triton"))
     check_softmax(x)
+
+
+def test_few_launches_serve_every_length(launch):
+    """A launch is a compilation, times dtypes, features and whether sizes are multiples of 16."""
+    lengths = [*range(1, 5000), *range(5000, 300000, 997)]
+    for choose in (
+        lambda n: launch.softmax(n, plain=True, strided=False),
+        lambda n: launch.softmax(n, plain=False, strided=False),
+        lambda n: launch.softmax_backward(n, strided=False),
+        launch.norm,
+        lambda n: launch.norm_backward(n, sums=True),
+    ):
+        assert len({choose(n) for n in lengths}) <= 17
+
+
+def test_rows_more_than_2_31_elements_apart():
+    apart = 2**31 + 64
+    x = torch.empty(apart + 70, dtype=HALF).as_strided((2, 70), (apart, 1))  # what lies between is never touched
+    x.copy_(torch.randn(2, 70))
+    check_softmax(x)
+    check_norm("layer_norm", x, 70)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements(triton_device):
+    if triton_device.type != "cuda":
+        pytest.skip("needs a GPU")
+    x = torch.randn(40000, 60000, dtype=HALF)
+    y, weight = softmax(x), torch.randn(60000)
+    assert same_bits(y[-3:], softmax(x[-3:])) and same_bits(y[35790:35800], softmax(x[35790:35800]))
+    y = rows.rms_norm(x, 60000, weight, backend="triton")
+    assert same_bits(y[-3:], rows.rms_norm(x[-3:], 60000, weight, backend="triton"))
 
 
 def test_softmax_of_many_rows():
@@ -170,7 +203,7 @@ def check_softmax_gradients(x, dim=-1, bias=None, dy=None, **arguments):
     return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, regime", [(1, "several"), (33, "several"), (1031, "whole"), (16385, "looped")])
 def test_softmax_backward(launch, n, regime, dtype):
     assert launch.softmax_backward(n, strided=False).regime == regime
@@ -234,7 +267,7 @@ NORM_LENGTHS = [
 
 
 @pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, regime", [*NORM_LENGTHS, (70001, "looped")])
 def test_norm_regimes(launch, name, n, regime, dtype):
     assert launch.norm(n).regime == regime
@@ -324,7 +357,7 @@ def check_norm_gradients(name, x, n, weights=(), dy=None, eps=1e-5, **arguments)
 
 
 @pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, regime", [(7, "several"), (129, "several"), (5000, "whole"), (8193, "looped")])
 def test_norm_backward(launch, name, n, regime, dtype):
     assert launch.norm_backward(n, sums=True).regime == regime
