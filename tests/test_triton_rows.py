@@ -79,7 +79,9 @@ def test_few_launches_serve_every_length(launch):
 
 def test_rows_more_than_2_31_elements_apart():
     apart = 2**31 + 64
-    x = torch.empty(apart + 70, dtype=HALF).as_strided((2, 70), (apart, 1))  # what lies between is never touched
+    x = torch.empty(apart + 70, dtype=HALF).as_strided(
+        (2, 70), (apart, 1)
+    )  # what lies between is never touched
     x.copy_(torch.randn(2, 70))
     check_softmax(x)
     check_norm("layer_norm", x, 70)
