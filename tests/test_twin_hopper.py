@@ -278,9 +278,19 @@ def test_refused_layouts(twin, change):
         forward(twin, 0, q, k, v)
 
 
-@pytest.mark.parametrize("kind", ["asan", "tsan"])
-def test_sanitizers(kind):
-    program = build.program("attention_sm90.cpp", kind, "-DFASTATTN_ONLY_D=64")
+@pytest.mark.parametrize(
+    ("kind", "D"),
+    [
+        ("asan", 64),
+        ("tsan", 64),
+        ("tsan", 256),  # without a baton
+        pytest.param("asan", 256, marks=pytest.mark.slow),
+        pytest.param("asan", 128, marks=pytest.mark.slow),
+        pytest.param("tsan", 128, marks=pytest.mark.slow),
+    ],
+)
+def test_sanitizers(kind, D):
+    program = build.program("attention_sm90.cpp", kind, f"-DFASTATTN_ONLY_D={D}")
     for seed in (0, 5):
-        result = build.run(program, seed, 3)
+        result = build.run(program, seed, 3 if D == 64 else 2)
         assert result.returncode == 0, result.stdout + result.stderr[-4000:]
