@@ -3,11 +3,11 @@
 // 8 i + lane % 4 * 2 + e of row r + 8 half.
 #pragma once
 
+#include "attention_score.cuh"
 #include "attention_sm90_walk.cuh"
+#include "attention_tile.cuh"
 
 namespace fastattn::cuda {
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Scores in registers times `factor`, which is positive, are in units of log2.
 struct ScoreUnits {
@@ -79,15 +79,6 @@ __device__ __forceinline__ void hide_scores(float (&s)[kKeyGranules * 32],
       }
     }
   }
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, shfl_xor(x, 1));
-  return fmaxf(x, shfl_xor(x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += shfl_xor(x, 1);
-  return x + shfl_xor(x, 2);
 }
 
 // Scores become weights 2^(factor * (s - maximum)). `correction` is what earlier sums are to be multiplied
