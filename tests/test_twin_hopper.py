@@ -167,6 +167,19 @@ def test_score_terms(twin, scores, D):
     check(out, lse, q, k, v, lowered.to_dense(), **scores)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_a_visible_nan_shows(twin, softcap):
+    q, k, v = inputs(1, 1, 1, 70, 100, 64)
+    q[0, 0, 5, 3] = math.nan
+    v[0, 0, 20, 7] = math.nan
+    lowered = lower(masks.Causal(), 1, 1, 1, 70, 100, "cpu")
+    out, lse = forward(twin, 3, q, k, v, lowered, softcap=softcap)
+    bad = torch.zeros_like(out, dtype=torch.bool)
+    bad[0, 0, 5], bad[0, 0, 20:, 7] = True, True
+    assert torch.equal(out.isnan(), bad)
+    assert torch.equal(lse[0, 0].isnan(), torch.arange(70) == 5)
+
+
 @pytest.mark.parametrize("D", ROWS)
 def test_layouts(twin, D):
     """[B, S, H, D] in memory with rows that lie apart, whose gaps and ends hold NaN; out in fp32."""
