@@ -5,6 +5,8 @@ key, and the same bits under every schedule.
 import ctypes
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -237,3 +239,25 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_every_kernel_and_mask(head, dtype):
     for mask, (B, H, Sq, Sk) in MASKS.values():
         check(*tensors(dtype, B, H, 1, Sq, Sk, head, head - 3), mask, schedules=range(2))
+
+
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+def test_under_the_sanitizers(kind):
+    """Forward and backward on tiny shapes: no race, nothing out of bounds."""
+    program = build.program("attention_check.cpp", kind)
+    for schedule in {"asan": (0, 7), "tsan": (5,)}[kind]:
+        result = build.run(program, schedule)
+        assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+        assert result.stdout.count(" ok") == 4, result.stdout
+
+
+@pytest.mark.slow
+def test_planted_bugs_are_noticed():
+    """All but those that planted_bugs.md names."""
+    command = [sys.executable, str(build.TWIN / "plant_bugs.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    known = (build.TWIN / "planted_bugs.md").read_text()
+    for line in done.stdout.splitlines():
+        if line.endswith(": not noticed"):
+            assert f"| {line.removesuffix(': not noticed')} | not noticed |" in known, line

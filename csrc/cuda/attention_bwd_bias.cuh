@@ -26,14 +26,9 @@ template <MaskForm kForm>
 __device__ __forceinline__ int find_tile(const AttentionArgs& a, int b, int h, int query, int key) {
   if (kForm != MaskForm::Bits) return kFull;
   const int32_t* offsets = a.block_offsets + b * a.map_batch + h * a.map_head + query;
-  int from = offsets[0], to = offsets[1];
-  while (from < to) {
-    const int middle = from + (to - from) / 2;
-    if (a.block_list[2 * int64_t(middle)] < key) from = middle + 1;
-    else to = middle;
-  }
-  const bool found = from < offsets[1] && a.block_list[2 * int64_t(from)] == key;
-  return found ? a.block_list[2 * int64_t(from) + 1] : kHidden;
+  const int at = first_entry(a.block_list, offsets[0], offsets[1], key);
+  const bool found = at < offsets[1] && a.block_list[2 * int64_t(at)] == key;
+  return found ? a.block_list[2 * int64_t(at) + 1] : kHidden;
 }
 
 // One block a tile of the target, 64 rows by 64 keys, or 1 where the target is shared.
@@ -208,7 +203,7 @@ cudaError_t launch_attention_backward_sm80(const AttentionBwdArgs& a, cudaStream
     error = launch_attention_bwd_terms<T, kHead, kForm>(a, to, stream);
   }
   if (error == cudaSuccess && a.dsinks && a.B * a.Hq > 0) {
-    error = launch(attention_bwd_sinks, dim3(unsigned(a.B * a.Hq)), dim3(kRowPassThreads),
+    error = launch(attention_bwd_sinks<T>, dim3(unsigned(a.B * a.Hq)), dim3(kRowPassThreads),
                    sizeof(RowPassSmem), stream, a);
   }
   return error;

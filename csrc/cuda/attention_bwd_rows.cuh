@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kRowPassThreads)
 }
 
 // dsinks[b, h] = -sum over rows of (1 - sigmoid(lse - sink)) * sum(dout * out). One block a head.
-inline __global__ void __launch_bounds__(kRowPassThreads)
+template <class T>
+__global__ void __launch_bounds__(kRowPassThreads)
     attention_bwd_sinks(const __grid_constant__ AttentionBwdArgs a) {
   auto& smem = shared_storage<RowPassSmem>();
   const int thread = int(threadIdx.x);

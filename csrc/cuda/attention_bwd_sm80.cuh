@@ -17,13 +17,13 @@
 
 namespace fastattn::cuda {
 
-// Registers hold the gradients of 16 rows a warp; scores come 32 columns at a time beside the wide ones.
+// Registers hold the gradients of 16 rows a warp; scores come by as many columns as fit beside them.
 // Above 128 two warps share the 16 keys of dK and dV, a half of the columns each, and compute the scores
 // twice.
 template <int kHead>
 struct BackwardTile {
   static constexpr int kStages = kHead <= 128 ? 2 : 1;
-  static constexpr int kInner = kHead <= 64 ? 64 : 32;
+  static constexpr int kInnerKeys = kHead == 64 ? 64 : kHead <= 192 ? 32 : 16, kInnerQueries = 32;
   static constexpr int kColumnGroups = kHead <= 128 ? 1 : 2;
   static constexpr int kQueryThreads = 4 * kWarp, kKeyThreads = kColumnGroups * 4 * kWarp;
 };
@@ -107,7 +107,7 @@ template <class T, int kHead, MaskForm kForm>
 __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
     attention_bwd_queries(const __grid_constant__ AttentionBwdArgs a) {
   using Tile = BackwardTile<kHead>;
-  constexpr int kThreads = Tile::kQueryThreads, kTilesN = Tile::kInner / 8, kTilesD = kHead / 8;
+  constexpr int kThreads = Tile::kQueryThreads, kTilesN = Tile::kInnerKeys / 8, kTilesD = kHead / 8;
   auto& smem = shared_storage<QueryPassSmem<T, kHead>>();
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int blocks = (a.Sq + kGranule - 1) / kGranule, head = int(blockIdx.x) / blocks;
@@ -115,7 +115,8 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
   const int h = head % a.Hq, b = head / a.Hq, kv = h / (a.Hq / a.Hkv);
   const int my_row = warp * 16 + lane / 4, my_col = lane % 4 * 2;
   const ScoreUnit unit(a);
-  const Extent extent = stored_extent(a, b, h, granule);
+  // Read again where it is needed: in registers it would wait through the products.
+  const auto extent = [&] { return stored_extent(a, b, h, granule); };
 
   const int64_t statistics = int64_t(head) * a.Sq + m_first;
   float exponent[2], delta[2];
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
 
   const auto load_keys = [&](const Stop<1>& stop, int stage) {
     const int key = stop.granule * kGranule;
-    uint64_t wanted = bits_between(extent.seen_lo - key, extent.seen_hi - key);
+    uint64_t wanted = bits_between(extent().seen_lo - key, extent().seen_hi - key);
     if (kForm == MaskForm::Bits) wanted &= seen_columns(a, stop.tiles);
     load_tile<kGranule, kHead, kThreads>(smem.k[stage], Rows<T>(a.k, opaque(b), kv, a.D), key, wanted);
     load_tile<kGranule, kHead, kThreads>(smem.v[stage], Rows<T>(a.v, opaque(b), kv, a.Dv), key, wanted);
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
   };
 
   float dq[1][kTilesD][4] = {};
-  KeyWalk<kForm, 1> walk(a, b, h, m_first, extent.seen_lo, extent.seen_hi);
+  KeyWalk<kForm, 1> walk(a, b, h, m_first, extent().seen_lo, extent().seen_hi);
   Stop<1> stop = walk.next();
   int stage = 0;
   if (stop.granule >= 0 && Tile::kStages == 2) load_keys(stop, 0);
@@ -158,13 +159,13 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
     if (Tile::kStages == 2 && ahead.granule >= 0) load_keys(ahead, stage ^ 1);
     const int bits = stop.tiles[0];
 #pragma unroll 1
-    for (int first = 0; first < kGranule; first += Tile::kInner) {
+    for (int first = 0; first < kGranule; first += Tile::kInnerKeys) {
       const int key = stop.granule * kGranule + first;
-      if (!extent.sees(key, Tile::kInner)) continue;
+      if (!extent().sees(key, Tile::kInnerKeys)) continue;
       const int row = opaque(my_row);
       uint64_t kept = 0, words[2] = {~uint64_t(0), ~uint64_t(0)};
       if (a.dropout_seed) kept = kept_elements<1, kTilesN>(a, b, h, m_first + row, key + my_col);
-      if (bits >= 0 || !extent.covers(key, Tile::kInner)) {
+      if (bits >= 0 || !extent().covers(key, Tile::kInnerKeys)) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = row + half * 8;
@@ -209,12 +210,14 @@ template <class T, int kHead, MaskForm kForm>
 __global__ void __launch_bounds__(BackwardTile<kHead>::kKeyThreads)
     attention_bwd_keys(const __grid_constant__ AttentionBwdArgs a) {
   using Tile = BackwardTile<kHead>;
-  constexpr int kThreads = Tile::kKeyThreads, kTilesN = Tile::kInner / 8;
+  constexpr int kThreads = Tile::kKeyThreads, kTilesN = Tile::kInnerQueries / 8;
   constexpr int kTilesD = kHead / 8 / Tile::kColumnGroups;
   auto& smem = shared_storage<KeyPassSmem<T, kHead>>();
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp % 4;
   const int my_key = warp * 16 + lane / 4, my_query = lane % 4 * 2;  // of the block, of a tile of queries
-  const int column = int(threadIdx.x) / (4 * kWarp) * kTilesD * 8;   // of the gradients, the warp's first
+  const int column = Tile::kColumnGroups == 1 ? 0
+                                              : int(threadIdx.x) / (4 * kWarp) * kTilesD *
+                                                    8;  // of the gradients, the warp's first
   const int blocks = (a.Sk + kGranule - 1) / kGranule, head = int(blockIdx.x) / blocks;
   const int key = int(blockIdx.x) % blocks * kGranule, kv = head % a.Hkv, b = head / a.Hkv;
   const ScoreUnit unit(a);
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kKeyThreads)
     if (Tile::kStages == 2 && ahead.granule >= 0) load_queries(ahead, stage ^ 1);
     const bool masked = stop.tile >= 0 || !stop.covered;
 #pragma unroll 1
-    for (int first = 0; first < kGranule; first += Tile::kInner) {
+    for (int first = 0; first < kGranule; first += Tile::kInnerQueries) {
       const int query = first + opaque(my_query), row = stop.granule * kGranule + query;
       uint32_t kept = 0;
       if (a.dropout_seed) {
@@ -280,7 +283,9 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kKeyThreads)
       const ScoreTerms<T> terms(a, opaque(b), stop.h);
       each_element(unit.plain, s, dp, [&](float& x, float& y, int n, int i) {
         const int at = query + n * 8 + i % 2, j = my_key + i / 2 * 8;
-        const bool seen = !masked || (smem.words[stage][at] >> j & 1);
+        // The warp's 16 keys of the word.
+        const int bits = reinterpret_cast<const uint16_t*>(&smem.words[stage][at])[warp];
+        const bool seen = !masked || (bits >> (j % 16) & 1);
         float cap_slope = 1.0f;
         if (!unit.plain) x = terms.apply(a, x, row + n * 8 + i % 2, key + j, &cap_slope);
         const ScoreGradient g = score_gradient(a, unit, x, y, smem.exponent[stage][at], smem.delta[stage][at],

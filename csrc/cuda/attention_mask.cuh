@@ -91,6 +91,16 @@ struct Stop {
   int tiles[kGranules];
 };
 
+// The first of entries [from, to) of a list of (granule, tile) whose granule is at least this one.
+__device__ __forceinline__ int first_entry(const int32_t* list, int from, int to, int granule) {
+  while (from < to) {
+    const int middle = from + (to - from) / 2;
+    if (list[2 * int64_t(middle)] < granule) from = middle + 1;
+    else to = middle;
+  }
+  return from;
+}
+
 // The K granules that the rows of a block see, ascending. The same in all threads of a block.
 template <MaskForm kForm, int kGranules>
 class KeyWalk {
@@ -98,47 +108,49 @@ class KeyWalk {
   // `first` is the first row, a multiple of 64; `seen_lo` and `seen_hi` bound what the rows see by ranges.
   __device__ __forceinline__ KeyWalk(const AttentionArgs& a, int b, int h, int first, int seen_lo,
                                      int seen_hi)
-      : a_(a), next_(seen_lo / kGranule), end_((seen_hi + kGranule - 1) / kGranule) {
-    if (seen_hi <= seen_lo) end_ = next_ = 0;
-    if (kForm != MaskForm::Bits) return;
+      : a_(a) {
+    const bool some = seen_hi > seen_lo;
+    const int from = some ? seen_lo / kGranule : 0, to = some ? (seen_hi + kGranule - 1) / kGranule : 0;
+    if (kForm != MaskForm::Bits) {
+      at_[0] = from;
+      last_[0] = to;
+      return;
+    }
     const int32_t* offsets = a.block_offsets + b * a.map_batch + h * a.map_head + first / kGranule;
 #pragma unroll
     for (int g = 0; g < kGranules; ++g) {
       const bool exists = first + g * kGranule < a.Sq;
-      at_[g] = exists ? offsets[g] : 0;
-      last_[g] = exists ? offsets[g + 1] : 0;
+      at_[g] = exists ? first_entry(a.block_list, offsets[g], offsets[g + 1], from) : 0;
+      last_[g] = exists ? first_entry(a.block_list, at_[g], offsets[g + 1], to) : 0;
     }
   }
 
   __device__ __forceinline__ Stop<kGranules> next() {
     Stop<kGranules> stop;
     if constexpr (kForm != MaskForm::Bits) {
-      stop.granule = next_ < end_ ? next_++ : -1;
+      stop.granule = at_[0] < last_[0] ? at_[0]++ : -1;
 #pragma unroll
       for (int g = 0; g < kGranules; ++g) stop.tiles[g] = kFull;
     } else {
-      do {
-        stop.granule = kUnbounded;
+      stop.granule = kUnbounded;
 #pragma unroll
-        for (int g = 0; g < kGranules; ++g) {
-          if (at_[g] < last_[g]) stop.granule = min(stop.granule, a_.block_list[2 * int64_t(at_[g])]);
-        }
+      for (int g = 0; g < kGranules; ++g) {
+        if (at_[g] < last_[g]) stop.granule = min(stop.granule, a_.block_list[2 * int64_t(at_[g])]);
+      }
 #pragma unroll
-        for (int g = 0; g < kGranules; ++g) {
-          const bool here = at_[g] < last_[g] && a_.block_list[2 * int64_t(at_[g])] == stop.granule;
-          stop.tiles[g] = here ? a_.block_list[2 * int64_t(at_[g]) + 1] : kHidden;
-          at_[g] += here;
-        }
-      } while (stop.granule < next_);
-      if (stop.granule >= end_) stop.granule = -1;
+      for (int g = 0; g < kGranules; ++g) {
+        const bool here = at_[g] < last_[g] && a_.block_list[2 * int64_t(at_[g])] == stop.granule;
+        stop.tiles[g] = here ? a_.block_list[2 * int64_t(at_[g]) + 1] : kHidden;
+        at_[g] += here;
+      }
+      if (stop.granule == kUnbounded) stop.granule = -1;
     }
     return stop;
   }
 
  private:
   const AttentionArgs& a_;
-  int next_, end_;  // with bits: the granules that the ranges allow
-  int at_[kGranules], last_[kGranules];
+  int at_[kGranules], last_[kGranules];  // list entries; granules themselves where there are no bits
 };
 
 // What the row pass of the backward left about 64 rows: by ranges, the keys they see.

@@ -39,7 +39,7 @@ struct ForwardSmem {
   T k[Tile::kStages][kGranule * kHead];
   T v[Tile::kStages][kGranule * kHead];
   Range range[Tile::kRows];
-  int seen_lo[Tile::kWarps], seen_hi[Tile::kWarps];
+  Extent extent[Tile::kWarps];
 };
 
 template <class T, int kHead, MaskForm kForm>
@@ -55,24 +55,21 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads)
   // The last rows of a causal mask take longest: they start first.
   const int blocks = (a.Sq + Tile::kRows - 1) / Tile::kRows, rest = int(blockIdx.x) / blocks;
   const int m_first = (blocks - 1 - int(blockIdx.x) % blocks) * Tile::kRows;
-  const int h = rest % a.Hq, b = rest / a.Hq, kv = h / (a.Hq / a.Hkv);
+  const int h = rest % a.Hq, b = rest / a.Hq;
   const int warp_row = warp * kRowTiles * 16;  // of the block
   const int my_row = warp_row + lane / 4, my_col = lane % 4 * 2;
 
   const ScoreUnit unit(a);
 
   // What the warp's rows and the block's rows see by ranges.
-  Extent extent = no_rows();
+  Extent mine = no_rows();
   if (lane < kRowTiles * 16 && m_first + warp_row + lane < a.Sq) {
     const Range r = row_range<kForm>(a, b, h, m_first + warp_row + lane);
     smem.range[warp_row + lane] = r;
-    extent = extent_of(r);
+    mine = extent_of(r);
   }
-  extent = join_warp(extent);
-  if (lane == 0) {
-    smem.seen_lo[warp] = extent.seen_lo;
-    smem.seen_hi[warp] = extent.seen_hi;
-  }
+  mine = join_warp(mine);
+  if (lane == 0) smem.extent[warp] = mine;
 #pragma unroll
   for (int rows = 0; rows < Tile::kRows; rows += kGranule) {
     load_tile<kGranule, kHead, kThreads>(&smem.q[rows * kHead], Rows<T>(a.q, b, h, a.D), m_first + rows,
@@ -82,10 +79,10 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads)
   __syncthreads();
   // Read where it is needed, like the addresses below: in registers they would wait through the products.
   const auto block_range = [&] {
-    Range r{smem.seen_lo[0], smem.seen_hi[0]};
+    Range r{smem.extent[0].seen_lo, smem.extent[0].seen_hi};
 #pragma unroll
     for (int w = 1; w < Tile::kWarps; ++w) {
-      r = {min(r.lo, smem.seen_lo[w]), max(r.hi, smem.seen_hi[w])};
+      r = {min(r.lo, smem.extent[w].seen_lo), max(r.hi, smem.extent[w].seen_hi)};
     }
     return r;
   };
@@ -99,11 +96,11 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads)
     return wanted;
   };
   const auto load_keys = [&](const Stop<kGranules>& stop, int stage, uint64_t wanted) {
-    const Rows<T> k(a.k, opaque(b), kv, a.D);
+    const Rows<T> k(a.k, opaque(b), opaque(h) / (a.Hq / a.Hkv), a.D);
     load_tile<kGranule, kHead, kThreads>(smem.k[stage], k, stop.granule * kGranule, wanted);
   };
   const auto load_values = [&](const Stop<kGranules>& stop, int stage, uint64_t wanted) {
-    const Rows<T> v(a.v, opaque(b), kv, a.Dv);
+    const Rows<T> v(a.v, opaque(b), opaque(h) / (a.Hq / a.Hkv), a.Dv);
     load_tile<kGranule, kHead, kThreads>(smem.v[stage], v, stop.granule * kGranule, wanted);
   };
 
@@ -139,7 +136,7 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads)
 #pragma unroll 1
     for (int first = 0; first < kGranule; first += kKeys) {
       const int key = stop.granule * kGranule + first;
-      const bool seen = bits != kHidden && extent.sees(key, kKeys);
+      const bool seen = bits != kHidden && smem.extent[warp].sees(key, kKeys);
       uint64_t kept = 0;  // a bit an element of S
       float s[kRowTiles][kTilesN][4] = {};
       if (seen) {
@@ -152,7 +149,7 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads)
             return terms.apply(a, score, m_first + row + t * 16 + i / 2 * 8, key + n * 8 + my_col + i % 2);
           });
         }
-        if (bits >= 0 || !extent.covers(key, kKeys)) {
+        if (bits >= 0 || !smem.extent[warp].covers(key, kKeys)) {
           hide_elements(s, [&](int below) {
             const int r = row + below;
             if (m_first + r >= a.Sq) return uint64_t(0);
