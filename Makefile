@@ -8,7 +8,7 @@ TRITON ?= triton==3.9.0
 # Test processes; a fast test is mostly one thread.
 JOBS ?= 2
 
-.PHONY: demo test aot setup build-inplace lint format packaging clean
+.PHONY: demo test aot setup build-inplace lint format packaging clean gpu
 
 # A stamp a kind of setup: `make test` needs more packages than `make demo`.
 $(VENV)/.torch:
@@ -43,6 +43,11 @@ aot: $(VENV)/.test
 # The installing routes, each into an environment of its own; slower than the tests, so apart from them.
 packaging: $(VENV)/.test
 	$(BIN)/python -m pytest -m packaging tests/test_packaging.py
+
+# On a machine with a GPU, torch, Triton, pytest and g++, without a network: install, gpu tests, gpu benches; results
+# go to $OUT or benches/results.
+gpu:
+	$(PYTHON) fastattn/tools/gpu.py
 
 # For an environment that already has torch and the build tools.
 build-inplace:

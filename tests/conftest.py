@@ -77,6 +77,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """What runs in Triton's interpreter here is a test for the GPU where there is one."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "triton_device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def triton_device(monkeypatch):
     """Where Triton kernels run in a test: on the GPU, or without one on CPU tensors in Triton's interpreter."""

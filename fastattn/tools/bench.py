@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also run installed rivals; some compile for seconds a row (default: unless --quick)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
-    parser.add_argument("--json", metavar="FILE", help="write the results; - is standard output")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results, after every row; - is standard output, at the end"
+    )
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="draw the results as PNG (needs matplotlib)"
     )
@@ -230,12 +232,17 @@ def _rows(arguments: argparse.Namespace) -> list[workloads.Workload]:
         raise CommandError(
             f"no row of {', '.join(arguments.suites)} matches --only {arguments.only!r}; see --list"
         )
-    return workloads.held_to(rows, instruction_set())
+    return rows if arguments.device.startswith("cuda") else workloads.held_to(rows, instruction_set())
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = _rows(arguments)
-    threads = arguments.threads or tuple(range(1, min(2, torch.get_num_threads()) + 1))
+    on_gpu = arguments.device.startswith("cuda")
+    threads = (
+        arguments.threads
+        or (torch.get_num_threads(),) * on_gpu
+        or tuple(range(1, min(2, torch.get_num_threads()) + 1))
+    )
     quick = arguments.quick
     options = runner.Options(
         threads=threads,
@@ -252,8 +259,12 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
             row = f"{what['suite']} {what['name']}, {report.count_of(what['threads'], 'thread')}"
             progress.step(f"{row}: {_one_line(what)}")
 
+    def keep(bench):
+        if arguments.json and arguments.json != "-":
+            runner.save(bench, arguments.json)
+
     try:
-        return runner.run_suite(rows, options, tell)
+        return runner.run_suite(rows, options, tell, keep)
     finally:
         progress.close()
 

@@ -22,8 +22,39 @@ ARITHMETIC = {
 }
 MEMORY = {"read": ("read",), "copy": ("copy", "copy_stream")}
 
+# On a GPU: its matrix products, and copies from memory to memory.
+GPU_ARITHMETIC = {name: (f"matmul_{name}",) for name in ("fp32", "bf16", "fp16", "fp64")}
+GPU_MEMORY = {"read": ("copy",), "copy": ("copy",)}
+
 # A working set beyond any cache; larger ones cost time to fill and change nothing.
 LARGEST_SET = 1 << 29
+
+
+def measure_gpu(kind: str, seconds: float, bytes: int) -> float:
+    """FLOP/s of matrix products of 8192 in a dtype, or the bytes/s that a copy of 1 GiB reads and writes, on the
+    current CUDA device. Timed by events, on random data."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    if kind == "copy":
+        source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        work, call = 2.0 * source.numel(), lambda: target.copy_(source)
+    else:
+        size = 8192 if kind in ("matmul_bf16", "matmul_fp16") else 4096
+        a, b = (torch.randn(size, size, device="cuda").to(dtypes[kind.removeprefix("matmul_")]) for _ in "ab")
+        work, call = 2.0 * size**3, lambda: a @ b
+    for _ in range(3):
+        call()
+    best, spent = 0.0, 0.0
+    while spent < seconds:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+        start.record()
+        for _ in range(10):
+            call()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+        best, spent = max(best, 10 * work / elapsed), spent + elapsed
+    return best
 
 
 # Another process may have slowed a measurement: it is repeated this often, and the best one counts.
@@ -34,12 +65,15 @@ class Ceilings:
     """Ceilings of one device at the current thread count, measured when asked for; the best of a run counts.
 
     measure: (kind, seconds, bytes) -> FLOP/s or bytes/s, 0 where the machine has no such instruction; by
-    default the compiled op, and no ceilings at all where it is missing or the device is not the CPU.
+    default the compiled op on the CPU and `measure_gpu` on a CUDA device that is there; else there are no ceilings.
     """
 
     def __init__(self, device: str = "cpu", measure: Callable[[str, float, int], float] | None = None):
         if measure is None and device == "cpu":
             measure = getattr(torch.ops.fastattn, "measure_ceiling", None)
+        self._gpu = device.startswith("cuda")
+        if measure is None and self._gpu and torch.cuda.is_available():
+            measure = measure_gpu
         self._measure = measure
         self._rates: dict[tuple[str, int], float] = {}
         self._when: dict[tuple[str, int], float] = {}
@@ -51,9 +85,10 @@ class Ceilings:
         """
         if self._measure is None:
             return None
-        kinds = ARITHMETIC.get(ceiling) or MEMORY[ceiling]
+        arithmetic, memory = (GPU_ARITHMETIC, GPU_MEMORY) if self._gpu else (ARITHMETIC, MEMORY)
+        kinds = arithmetic.get(ceiling) or memory[ceiling]
         size = 0
-        if ceiling in MEMORY:
+        if ceiling in MEMORY and not self._gpu:
             # Rounded up to a power of two: neighbours share a measurement.
             size = min(1 << max(14, (int(bytes or LARGEST_SET) - 1).bit_length()), LARGEST_SET)
         return max(self._kind(kind, size) for kind in kinds) or None

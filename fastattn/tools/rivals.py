@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, dense_mask
+from .cases import Case, dense_mask, torch_arguments
 
 # Beyond this an eager attention, which keeps all scores, takes longer than everything else in a bench.
 LARGEST_SCORES = 1 << 29
@@ -107,6 +107,26 @@ def _flex(case: Case) -> Callable[[], Any]:
     return _backward(lambda: flex(q, k, v, block_mask=block_mask, enable_gqa=grouped), case)
 
 
+def _sdpa(backend: str) -> Callable[[Case], Callable[[], Any]]:
+    """One backend of torch's scaled_dot_product_attention, alone."""
+
+    def make(case: Case) -> Callable[[], Any]:
+        inputs = _attention_only(case, "bias", "dropout")
+        _on_gpu(case)
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        arguments = torch_arguments(case.row, q.device.type)
+
+        def forward():
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, **arguments)
+
+        return _backward(forward, case)
+
+    return make
+
+
 def _eager(case: Case) -> Callable[[], Any]:
     """transformers' eager attention: the formula that a model runs when nothing is chosen."""
     inputs = _attention_only(case, "dropout", "bias")
@@ -174,6 +194,9 @@ def _row_function(
 
 RIVALS = (
     Rival("flex_attention", _flex),
+    Rival("sdpa cudnn", _sdpa("CUDNN_ATTENTION")),
+    Rival("sdpa flash", _sdpa("FLASH_ATTENTION")),
+    Rival("sdpa efficient", _sdpa("EFFICIENT_ATTENTION")),
     Rival("transformers eager", _eager),
     Rival("torch.compile", _compiled_rows),
     Rival("flash-attn", _flash),
@@ -206,6 +229,8 @@ def variants(
     """
     found, absent, setup = {}, {}, {}
     for rival in rivals:
+        if case.row.beside and rival.name not in case.row.beside:
+            continue
         start = time.perf_counter()
         try:
             with warnings.catch_warnings(), torch.set_grad_enabled(case.row.training), _cold_compiler():

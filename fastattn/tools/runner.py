@@ -79,23 +79,31 @@ def measure(
     rounds: tuple[int, int] = (5, 400),
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], None] = lambda: None,
+    elapsed_by: Callable[[Callable[[], Any], int], float] | None = None,
 ) -> dict[str, Timing]:
     """Time variants in turn and return a Timing for each.
 
     budget is in seconds for all variants together, warm-up not counted; rounds is (fewest, most). The order
     turns round every other round, so that no variant always runs behind the same one. Where rounds are
     long, three do: for all once three budgets are spent, for a single slow rival once it has spent one.
+    elapsed_by(call, count) times that many calls by another clock than the host's, a GPU's.
     """
+
+    def by_clock(call, count):
+        start = clock()
+        for _ in range(count):
+            call()
+        synchronize()
+        return clock() - start
+
+    elapsed_by = elapsed_by or by_clock
     repeats, first = {}, {}
     for name, call in variants.items():
         start = clock()
         call()
         synchronize()
         first[name] = clock() - start
-        start = clock()
-        call()
-        synchronize()
-        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(clock() - start, 1e-9)))
+        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(elapsed_by(call, 1), 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in variants}
     taken: dict[str, list[int]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0.0)
@@ -111,12 +119,8 @@ def measure(
             for name in order if index % 2 == 0 else reversed(order):
                 if spent[name] > budget and len(taken[name]) >= 3:
                     continue
-                call, count = variants[name], repeats[name]
-                start = clock()
-                for _ in range(count):
-                    call()
-                synchronize()
-                elapsed = clock() - start
+                count = repeats[name]
+                elapsed = elapsed_by(variants[name], count)
                 spent[name] += elapsed
                 samples[name].append(elapsed / count)
                 taken[name].append(index)
@@ -173,7 +177,12 @@ def _time_case(case: Case, ceilings: Ceilings, options: Options) -> dict[str, An
         found, absent, setup = rivals.variants(case)
         variants |= found
     with torch.set_grad_enabled(row.training):
-        timings = measure(variants, budget=options.budget, synchronize=_synchronizer(options.device))
+        timings = measure(
+            variants,
+            budget=options.budget,
+            synchronize=_synchronizer(options.device),
+            elapsed_by=elapsed_on_gpu if options.device.startswith("cuda") else None,
+        )
     ours = timings["ours"]
     if row.ceiling:
         ceilings.rate(*_bound(row))
@@ -230,6 +239,17 @@ def _judge(limit: Limit, timings: Mapping[str, Timing]) -> dict[str, Any]:
     return judged | {"ratio": reached, "met": reached >= limit.floor}
 
 
+def elapsed_on_gpu(call: Callable[[], Any], count: int) -> float:
+    """Seconds between two events of the GPU's around `count` calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def _synchronizer(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
@@ -238,15 +258,25 @@ def run_suite(
     rows: list[Workload],
     options: Options = Options(),
     progress: Callable[[int, int, dict[str, Any] | Workload], None] = lambda done, total, what: None,
+    keep: Callable[[dict[str, Any]], None] = lambda bench: None,
 ) -> dict[str, Any]:
     """Run rows at every thread count of the options and return the JSON object of a bench.
 
-    progress(done, total, what) is called with the row before it runs and with its result after. The thread
-    count of the process is put back at the end.
+    progress(done, total, what) is called with the row before it runs and with its result after, keep(bench) with
+    the object so far: what there is of a run that is cut short. The thread count of the process is put back at the
+    end.
     """
     before = torch.get_num_threads()
     results, rates = [], {}
     total = len(rows) * len(options.threads)
+    bench = {
+        "schema": SCHEMA,
+        "machine": machine(options.device),
+        "threads": list(options.threads),
+        "budget": options.budget,
+        "ceilings": rates,
+        "rows": results,
+    }
     try:
         for threads in options.threads:
             torch.set_num_threads(threads)
@@ -255,20 +285,16 @@ def run_suite(
             for row in rows:
                 progress(len(results), total, row)
                 results.append(run_row(row, threads, ceilings, options))
+                _add_share(results[-1], row, ceilings)
+                rates[str(threads)] = ceilings.measured()
+                keep(bench)
                 progress(len(results), total, results[-1])
             for row, result in zip(rows, results[first:], strict=True):
                 _add_share(result, row, ceilings)
             rates[str(threads)] = ceilings.measured()
     finally:
         torch.set_num_threads(before)
-    return {
-        "schema": SCHEMA,
-        "machine": machine(options.device),
-        "threads": list(options.threads),
-        "budget": options.budget,
-        "ceilings": rates,
-        "rows": results,
-    }
+    return bench
 
 
 def save(bench: Mapping[str, Any], path: str | Path) -> None:

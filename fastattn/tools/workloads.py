@@ -87,7 +87,7 @@ class Workload:
     mask: a name in `families.FAMILIES`; spelling: how our side is given it ("flag", "object", "bool",
     "additive", "prepared"). features: what else is asked for, see `FEATURES`.
     training: forward and backward. quick: part of the short form of its suite. rivals: worth timing rivals
-    on.
+    on; beside: those alone, by name, where it names any.
     """
 
     suite: str
@@ -101,6 +101,7 @@ class Workload:
     limits: tuple[Limit, ...] = ()
     quick: bool = False
     rivals: bool = True
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -496,6 +497,15 @@ def _suite(name, title, rows=None, missing="") -> Suite:
     return Suite(name, title, tuple(rows()) if rows else (), missing)
 
 
+def _on_gpu(name):
+    def rows():
+        from . import workloads_gpu  # it imports this module
+
+        return getattr(workloads_gpu, name)()
+
+    return rows
+
+
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -506,6 +516,10 @@ SUITES: dict[str, Suite] = {
         _suite("cpu-training", "forward and backward on the CPU", _cpu_training),
         _suite("modules", "drop-in modules of BERT-base's widths, half of the batch padding", _modules),
         _suite("models", "whole models, swapped, beside the same in SDPA and in eager attention", _models),
+        _suite("gpu-attention", "attention, forward and backward, on a GPU", _on_gpu("attention")),
+        _suite("gpu-masks", "documents, windows and boolean tensors on a GPU", _on_gpu("masks")),
+        _suite("gpu-decode", "attention of one query row over a long cache, on a GPU", _on_gpu("decode")),
+        _suite("gpu-rows", "softmax and the norms, both directions, on a GPU", _on_gpu("rows")),
     )
 }
 
