@@ -1,4 +1,5 @@
-"""The C++ ops that build, scan and transpose on the CPU; the torch code beside them serves other devices.
+"""The C++ ops that build, scan and transpose on the CPU, and Triton's that scans on a GPU; the torch code beside them
+serves the rest.
 
 Under torch.compile the ops stand in the graph: how many blocks and tiles come out is known when they run. What
 their flags would shorten (no bits where all is visible, no bias where all is 0) is left as it is there.
@@ -6,10 +7,12 @@ their flags would shorten (no bits where all is visible, no bias where all is 0)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .. import _library  # noqa: F401  the op library has to be loaded first
+from .. import _library, _triton  # noqa: F401  the op library has to be loaded first
 from .leaves import Kind, Node, RangeLeaf
 from .words import GRANULE, granules
 
@@ -44,9 +47,14 @@ def build(tree: Node, within: RangeLeaf | None, Sq: int, Sk: int) -> tuple[Tenso
     return torch.ops.fastattn.mask_build([int(n) for n in program], tensors, *tree.planes, Sq, Sk)
 
 
-def scan(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets, blocks, tiles and flags of a bool or float tensor [B, H, Sq, Sk], none of them 0."""
-    return torch.ops.fastattn.mask_scan(tensor)
+def scanner(device: torch.device) -> Callable | None:
+    """The op that takes a bool or float tensor [B, H, Sq, Sk], none of them 0, to offsets, blocks, tiles and flags,
+    or None where torch code has to."""
+    if serves(device):
+        return torch.ops.fastattn.mask_scan
+    if _triton.refuse("the mask", device, False) is None:
+        return torch.ops.fastattn_triton.mask_scan
+    return None
 
 
 def keys(tensor: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -63,17 +71,22 @@ def transpose(offsets: Tensor, blocks: Tensor, n_k: int) -> tuple[Tensor, Tensor
     return torch.ops.fastattn.mask_transpose(offsets, blocks, n_k)
 
 
-def _fake_lists(B: int, H: int, Sq: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_lists(B: int, H: int, Sq: int, device="cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     context = torch.library.get_ctx()
-    offsets = torch.empty(B, H, granules(Sq) + 1, dtype=torch.int32)
-    blocks = torch.empty(context.new_dynamic_size(), 2, dtype=torch.int32)
-    tiles = torch.empty(context.new_dynamic_size(), GRANULE, dtype=torch.int64)
+    offsets = torch.empty(B, H, granules(Sq) + 1, dtype=torch.int32, device=device)
+    blocks = torch.empty(context.new_dynamic_size(), 2, dtype=torch.int32, device=device)
+    tiles = torch.empty(context.new_dynamic_size(), GRANULE, dtype=torch.int64, device=device)
     return offsets, blocks, tiles, torch.empty((), dtype=torch.int64)
 
 
+_triton.define("mask_scan")
+_triton.implement("mask_scan", "mask_scan")
+
+
+@torch.library.register_fake("fastattn_triton::mask_scan")
 @torch.library.register_fake("fastattn::mask_scan")
 def _(mask):
-    return _fake_lists(*mask.shape[:3])
+    return _fake_lists(*mask.shape[:3], mask.device)
 
 
 @torch.library.register_fake("fastattn::mask_keys")

@@ -131,8 +131,9 @@ def scan_planes(
 
 def scan_tensor(tensor: Tensor, shape: Shape) -> Scan:
     """Scans a bool or float tensor [B or 1, H or 1, Sq, Sk] once; any strides."""
-    if native.serves(tensor.device):
-        offsets, blocks, tiles, flags = native.scan(tensor)
+    scan = native.scanner(tensor.device)
+    if scan is not None:
+        offsets, blocks, tiles, flags = scan(tensor)
         flags = native.read(flags, while_tracing=native.NONZERO)
         bits = None if flags & native.EVERYTHING else Bits(offsets, blocks, tiles)
         return Scan(bits, bool(flags & native.NONZERO))
