@@ -189,12 +189,6 @@ def test_bench_refuses_what_it_cannot_do(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [suite.name for suite in workloads.SUITES.values() if suite.missing])
-def test_a_suite_without_rows_says_why(name, capsys):
-    assert cli.main(["bench", name]) == 2
-    assert f"suite {name} is not available: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("threads", ["0", "two", "1,,2", ""])
 def test_bench_refuses_thread_counts(threads, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -123,7 +123,7 @@ def test_names_are_unique_and_every_row_says_what_it_costs():
 def test_suites_have_rows_and_a_quick_form_or_say_why_not():
     for suite in workloads.SUITES.values():
         quick = workloads.select(suite.name, quick=True)
-        assert bool(suite.rows) != bool(suite.missing)
+        assert suite.rows
         assert bool(quick) == bool(suite.rows)
         assert len(quick) < max(len(suite.rows), 1)
 

@@ -485,16 +485,15 @@ def _models():
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A named list of rows; `missing` says why there are none yet."""
+    """A named list of rows."""
 
     name: str
     title: str
     rows: tuple[Workload, ...]
-    missing: str = ""
 
 
-def _suite(name, title, rows=None, missing="") -> Suite:
-    return Suite(name, title, tuple(rows()) if rows else (), missing)
+def _suite(name, title, rows) -> Suite:
+    return Suite(name, title, tuple(rows()))
 
 
 def _on_gpu(name):
