@@ -8,7 +8,7 @@ TRITON ?= triton==3.9.0
 # Test processes; a fast test is mostly one thread.
 JOBS ?= 2
 
-.PHONY: demo test aot setup build-inplace lint format packaging clean gpu
+.PHONY: demo test aot cuda-resources setup build-inplace lint format packaging clean gpu
 
 # A stamp a kind of setup: `make test` needs more packages than `make demo`.
 $(VENV)/.torch:
@@ -39,6 +39,11 @@ test: $(VENV)/.test
 aot: $(VENV)/.test
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m fastattn.tools.aot --check --jobs $(JOBS)
+
+# The CUDA library, with nvcc and without a GPU: it builds without warnings, and each kernel takes what it took.
+cuda-resources: $(VENV)/.test
+	if command -v nvcc >/dev/null; then FASTATTN_CUDA=1 MAX_JOBS=$(JOBS) $(BIN)/python setup.py --quiet build_ext --inplace; fi
+	$(BIN)/python -m fastattn.tools.cuda_resources --check
 
 # The installing routes, each into an environment of its own; slower than the tests, so apart from them.
 packaging: $(VENV)/.test

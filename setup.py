@@ -1,4 +1,5 @@
-"""Builds the op library (LibTorch stable ABI) and the introspection module (pybind11) with ninja.
+"""Builds the op library (LibTorch stable ABI), the introspection module (pybind11) and, asked for or on a CUDA torch,
+the CUDA library with ninja.
 
 torch is never imported and never asked for as a build requirement: its headers are found on disk, so a build,
 isolated or not, uses the torch that is already installed and downloads none.
@@ -39,6 +40,13 @@ TARGETS = {
     "aarch64": {"scalar": ["-ffp-contract=off"], "neon": ["-ffp-contract=off"]},
 }
 
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    "-Xptxas -v,-warn-spills",
+]
+
 
 def find_torch() -> Path:
     """The folder of the installed torch: FASTATTN_TORCH_DIR, this interpreter's, or the one pip's isolation hides."""
@@ -62,8 +70,62 @@ def torch_version(torch: Path) -> str:
     return match.group(1) if match else "unknown"
 
 
+class Nvcc:
+    """The CUDA compiler and the architectures to build for: "80" is code for 8.0, 8.6 and 8.9, "90a" Hopper's own.
+
+    The highest architecture without a suffix leaves its PTX too, for later cards.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        text = (
+            subprocess.run([path, "--dryrun", "none.cu"], capture_output=True, text=True, cwd=ROOT).stderr
+            + subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        )
+        top, release = re.search(r"#\$ TOP=(.+)", text), re.search(r"release (\d+)\.(\d+)", text)
+        if top is None or release is None:
+            sys.exit(f"fastattn: {path} does not answer like nvcc: {text[:200]}")
+        self.top = Path(top.group(1).strip()).resolve()
+        self.version = int(release.group(1)) * 1000 + int(release.group(2)) * 10
+        asked = os.environ.get("FASTATTN_CUDA_ARCHS", "80;90a")
+        self.archs = [arch for arch in re.split(r"[;, ]+", asked) if arch]
+        if not self.archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in self.archs):
+            sys.exit(f"fastattn: FASTATTN_CUDA_ARCHS must be like 80;90a, got {asked!r}")
+
+    @classmethod
+    def wanted(cls, torch: Path) -> "Nvcc | None":
+        """FASTATTN_CUDA=1 or 0 decides; else a CUDA torch with an nvcc beside it."""
+        choice = os.environ.get("FASTATTN_CUDA", "")
+        if choice not in ("", "0", "1"):
+            sys.exit(f"fastattn: FASTATTN_CUDA must be 0 or 1, got {choice!r}")
+        has_cuda = re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE)
+        if choice == "0" or (not choice and not has_cuda):
+            return None
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        path = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+        if path is not None:
+            return cls(path)
+        missing = "fastattn: no nvcc on the PATH, in CUDA_HOME or named by CUDACXX"
+        if choice == "1":
+            sys.exit(
+                f"{missing}, which FASTATTN_CUDA=1 needs. Install the CUDA toolkit, or leave FASTATTN_CUDA unset."
+            )
+        print(f"{missing}: building without the CUDA library", file=sys.stderr)
+        return None
+
+    def flags(self, source: Path) -> list[str]:
+        """Code for every architecture that a source serves: one named _sm90 only for Hopper's."""
+        archs = [arch for arch in self.archs if "_sm90" not in source.stem or arch == "90a"]
+        plain = [int(arch) for arch in self.archs if arch.isdigit()]
+        flags = []
+        for arch in archs:
+            code = f"[sm_{arch},compute_{arch}]" if plain and arch == str(max(plain)) else f"sm_{arch}"
+            flags.append(f"-gencode arch=compute_{arch},code={code}")
+        return flags
+
+
 class NinjaBuild(build_ext):
-    """One build.ninja for both libraries: flags a file, parallel, an edit rebuilds one object."""
+    """One build.ninja for all libraries: flags a file, parallel, an edit rebuilds one object."""
 
     def run(self):
         torch, out = find_torch(), Path(self.build_temp).resolve()
@@ -80,13 +142,18 @@ class NinjaBuild(build_ext):
         libraries = {
             "ops": package / "_ops.so",
             "info": package / f"_info{sysconfig.get_config_var('EXT_SUFFIX')}",
+            "cuda": package / "_cuda.so",
         }
-        (out / "build.ninja").write_text(self.ninja_file(torch, Path(pybind11.get_include()), libraries))
+        nvcc, prebuilt = Nvcc.wanted(torch), ROOT / "fastattn" / "_cuda.so"
+        if nvcc is None and not self.inplace and prebuilt.exists():
+            shutil.copy2(prebuilt, libraries["cuda"])  # built elsewhere, for a machine without nvcc
+        lines = self.ninja_file(torch, Path(pybind11.get_include()), libraries, nvcc)
+        (out / "build.ninja").write_text(lines)
         command = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
         subprocess.check_call([*command, "-C", str(out), *(["-j", jobs] if jobs else [])])
 
-    def ninja_file(self, torch: Path, pybind: Path, libraries: dict) -> str:
+    def ninja_file(self, torch: Path, pybind: Path, libraries: dict, nvcc: Nvcc | None) -> str:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which("ccache"):
             compiler = f"ccache {compiler}"
@@ -128,12 +195,49 @@ class NinjaBuild(build_ext):
         link_ops = f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
         lines.append(f"build {libraries['ops']}: link {' '.join([*ops, select])}\n  ldflags = {link_ops}")
         lines.append(f"build {libraries['info']}: link {info} {select}\n  ldflags =")
+        if nvcc is not None:
+            bindings = sorted((ROOT / "csrc" / "cuda").glob("ops*.cpp"))
+            define = [
+                f"-DFASTATTN_CUDA_VERSION={nvcc.version}",
+                f"'-DFASTATTN_CUDA_ARCHS=\"{' '.join(nvcc.archs)}\"'",
+            ]
+            define += ["-DFASTATTN_CUDA_SM90"] * ("90a" in nvcc.archs)
+            flags = [*stable, "-DUSE_CUDA", *define]
+            objects = [compile_one(f"csrc/cuda/{b.name}", f"cuda_{b.stem}", flags) for b in bindings]
+            objects += self.cuda_kernels(nvcc, lines)
+            link_cuda = f"-L{nvcc.top / 'lib64'} -lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL {link_ops}"
+            lines.append(f"build {libraries['cuda']}: link {' '.join(objects)}\n  ldflags = {link_cuda}")
+            lines.append(f"default {libraries['cuda']}")
         lines.append(f"default {libraries['ops']} {libraries['info']}\n")
         return "\n".join(lines)
 
+    @staticmethod
+    def cuda_kernels(nvcc: Nvcc, lines: list) -> list:
+        """The objects of csrc/cuda/*.cu. What ptxas says of each kernel stays beside its object, for the table."""
+        lines += [
+            f"nvcc = {nvcc.path}",
+            "rule nvcc",
+            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out >$out.log 2>&1 "
+            "|| (cat $out.log; rm -f $out; exit 1)",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in for $archs",
+        ]
+        objects = []
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            archs = nvcc.flags(source)
+            if archs:
+                flags = " ".join([*NVCC_FLAGS, *archs])
+                lines.append(
+                    f"build {source.stem}.cu.o: nvcc {source}\n  flags = {flags}\n  archs = {' '.join(nvcc.archs)}"
+                )
+                objects.append(f"{source.stem}.cu.o")
+        return objects
+
     def get_outputs(self):
         package = Path(self.build_lib) / "fastattn"
-        return [str(package / "_ops.so"), str(package / f"_info{sysconfig.get_config_var('EXT_SUFFIX')}")]
+        names = ["_ops.so", f"_info{sysconfig.get_config_var('EXT_SUFFIX')}", "_cuda.so"]
+        return [str(package / name) for name in names if name != "_cuda.so" or (package / name).exists()]
 
 
 setup(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import _triton
+from . import _cuda_library, _triton
 from .problem import Problem, name_of
 from .row_problem import RowProblem
 
@@ -44,7 +44,23 @@ def _refuse_gpu(p: Problem, what: str) -> str | None:
 
 
 def _refuse_cuda(p: Problem) -> str | None:
-    return _refuse_gpu(p, "CUDA C++")
+    reason = _cuda_library.refuse("q", p.device)
+    if reason is not None:
+        return reason
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {name_of(p.dtype)}, the CUDA kernels take bfloat16 and float16"
+    for name, size in (("D", p.D), ("Dv", p.Dv)):
+        if size > 256:
+            return f"{name} is {size}, the CUDA kernels take head sizes up to 256"
+    if p.has_tangents():
+        return _FORWARD_AD
+    if p.needs_grad():
+        return "no CUDA C++ backward is in this version"
+    if max(p.B, p.Hq, p.Sq, p.Sk) >= 2**30:
+        return "sequences of 2^30 rows and more"
+    if p.B * p.Hq * (p.Sq // 64 + 1) >= 2**31:
+        return "more blocks than a grid holds"
+    return _after_triton(p, "attention", _refuse_triton)
 
 
 def _refuse_triton(p: Problem) -> str | None:
@@ -95,9 +111,24 @@ _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _refuse_rows_cuda(p: RowProblem) -> str | None:
-    if p.device.type != "cuda":
-        return f"x is on {p.device.type}, not on a CUDA or ROCm device"
-    return f"no CUDA C++ kernel of {p.op} is in this version"
+    reason = _cuda_library.refuse("x", p.device) or _refuse_rows(p)
+    if reason is not None:
+        return reason
+    if p.x.dim() > 9:
+        return f"x has {p.x.dim()} dimensions, the kernel takes up to 9"
+    width = math.prod(p.normalized_shape) if p.normalized_shape else p.x.shape[p.dim]
+    if width > 2**30:
+        return f"rows of {width} entries, the kernel takes up to 2^30"
+    if p.x.numel() >= (2**31 - 1) * max(width, 1):
+        return "more rows than a grid holds, 2^31 - 1"
+    return _after_triton(p, p.op, _refuse_rows_triton)
+
+
+def _after_triton(p: Problem | RowProblem, op: str, refuse_triton: Refusal) -> str | None:
+    """Why the CUDA kernel of an op leaves a call that nobody forced to Triton's; None where that refuses."""
+    if p.backend is not None or refuse_triton(p) is not None:
+        return None
+    return _cuda_library.prefer_triton(op)
 
 
 def _refuse_rows_triton(p: RowProblem) -> str | None:

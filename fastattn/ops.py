@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library, _triton, reference  # noqa: F401  the op library has to be loaded first
+from . import _cuda_library, _library, _triton, reference  # noqa: F401  the op library has to be loaded first
 from .eager import eager
 from .masks.bits import Bits
 from .masks.lower import _transpose
@@ -170,3 +170,5 @@ def register(kernel: str, namespace: str) -> Ops:
 
 register("cpu", "fastattn")
 register("triton", _triton.NAMESPACE)
+if _cuda_library.loaded():
+    register("cuda", _cuda_library.NAMESPACE)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _library, _triton, reference  # noqa: F401  the op library has to be loaded first
+from . import _cuda_library, _library, _triton, reference  # noqa: F401  the op library has to be loaded first
 from .eager import eager
 
 
@@ -250,3 +250,5 @@ for _module, _names in (
         _triton.implement(_name, _module)
 register("cpu", "fastattn")
 register("triton", _triton.NAMESPACE)
+if _cuda_library.loaded():
+    register("cuda", _cuda_library.NAMESPACE)

@@ -267,7 +267,7 @@ class Explanation:
         self.call = ", ".join(parts)
         if self.kernel == "triton":
             self.detail = _triton_detail(p, self.notes)
-        if self.kernel in ("cpu", "triton") and p.op != "softmax":
+        if self.kernel != "reference" and p.op != "softmax":
             for name in ("x", "residual"):
                 t = getattr(p, name)
                 if t is not None and not rows_contiguous(t, len(p.normalized_shape)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from row_checks import DTYPES, assert_right, doubled, misaligned, poisoned, same_bits
-from twin import build, rows_library
+from twin import build, cuda_library
 
 from fastattn import reference
 
@@ -31,14 +31,14 @@ def forward_regime(width):
 
 @pytest.fixture(scope="module", autouse=True)
 def library():
-    return rows_library.load()
+    return cuda_library.load()
 
 
 def twin(function, *arguments, regime=None, seeds=SEEDS):
     """The op's result, the same bits under every schedule; a kernel whose name has `regime` was the first to run."""
     first = None
     for seed in seeds:
-        result, names = rows_library.run(seed, function, *arguments)
+        result, names = cuda_library.run(seed, function, *arguments)
         tensors = [t.clone() for t in (result if isinstance(result, tuple) else (result,))]
         if first is None:
             first = tensors
@@ -125,7 +125,7 @@ def test_softmax_in_place_and_of_nothing():
         want = softmax(x)
         for seed in SEEDS:
             y = x.clone()
-            rows_library.run(seed, ops.softmax_out, y, 1, None, None, 1.0, False, y)
+            cuda_library.run(seed, ops.softmax_out, y, 1, None, None, 1.0, False, y)
             assert same_bits(y, want)
     for shape in ((0, 5), (5, 0)):
         assert softmax(torch.zeros(shape), seeds=[0]).shape == shape
@@ -278,7 +278,7 @@ def test_add_norm(dtype):
     x, residual = torch.randn(3, 1300).to(dtype), torch.randn(3, 1300).to(dtype)
     given = (1, None, None, 1e-5, 0.0, RMS)
     want = ops.add_norm_fwd(x, residual, *given, dtype)
-    rows_library.run(5, ops.add_norm_out, x, residual, *given, x, residual)
+    cuda_library.run(5, ops.add_norm_out, x, residual, *given, x, residual)
     assert same_bits(x, want[0]) and same_bits(residual, want[1])
 
 
@@ -310,7 +310,7 @@ def test_norm_over_several_dimensions_and_strides():
     assert_right(y, F.layer_norm(x.double(), [32]))
     assert stats.shape == (3, 40)
     out = poisoned(y.contiguous())
-    rows_library.run(3, ops.norm_out, x, 1, None, None, 1e-5, 0.0, LAYER, out)
+    cuda_library.run(3, ops.norm_out, x, 1, None, None, 1e-5, 0.0, LAYER, out)
     assert same_bits(out, y)
     x = torch.randn(6, 700)
     assert same_bits(norm(x)[0][4:5], norm(x[4:5])[0])

@@ -18,6 +18,15 @@ struct Result {
   int64_t batch, head, row;
 };
 
+// The head size that serves D and Dv; 0: none.
+constexpr int padded_head(int D, int Dv) {
+  const int largest = D > Dv ? D : Dv;
+  for (const int head : {32, 64, 96, 128, 192, 256}) {
+    if (largest <= head) return head;
+  }
+  return 0;
+}
+
 // An absent bound of the band; far beyond any row or key, and i + kUnbounded does not overflow.
 constexpr int32_t kUnbounded = 1 << 30;
 

@@ -43,7 +43,7 @@ struct ForwardSmem {
 };
 
 template <class T, int kHead, MaskForm kForm>
-__global__ void __launch_bounds__(ForwardTile<kHead>::kThreads)
+__global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
     attention_forward_sm80(const __grid_constant__ AttentionArgs a) {
   using Tile = ForwardTile<kHead>;
   constexpr int kRowTiles = Tile::kRowTiles, kThreads = Tile::kThreads, kKeys = Tile::kKeys,
@@ -207,15 +207,6 @@ cudaError_t launch_attention_forward_sm80(const AttentionArgs& a, cudaStream_t s
   if (blocks == 0) return cudaSuccess;
   return launch(attention_forward_sm80<T, kHead, kForm>, dim3(unsigned(blocks)), dim3(Tile::kThreads),
                 sizeof(ForwardSmem<T, kHead>), stream, a);
-}
-
-// The head size that serves D and Dv; 0: none.
-constexpr int padded_head(int D, int Dv) {
-  const int largest = D > Dv ? D : Dv;
-  for (const int head : {32, 64, 96, 128, 192, 256}) {
-    if (largest <= head) return head;
-  }
-  return 0;
 }
 
 }  // namespace fastattn::cuda

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../bind.h"
-#include "rows_args.cuh"
+#include "runtime.h"
 
 #if !defined(FASTATTN_HOST_TWIN)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

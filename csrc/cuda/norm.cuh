@@ -6,7 +6,7 @@
 // Up to 16384 columns a row stays in registers, with 8 lanes, a warp or a block to it; statistics take two
 // passes over it, a mean and then the squares around it, and what rounding left of the mean is subtracted
 // too: a mean of a million times the deviation does not cancel. A longer row is looped over: its squares are
-// taken around the mean of its first 4096 columns, whose distance from the row's mean can cost no more digits
+// taken around the mean of its first 2048 columns, whose distance from the row's mean can cost no more digits
 // than the share of the row that those columns are. A row whose squares leave the range of float is scaled by
 // a power of two first.
 #pragma once
@@ -15,7 +15,7 @@
 
 namespace fastattn::cuda {
 
-constexpr int kNormLoopThreads = 512, kNormLoopElements = 8;
+constexpr int kNormLoopThreads = 256, kNormLoopElements = 8;
 
 struct RowMoments {
   float mean, rest, variance;  // mean + rest is the mean
@@ -173,7 +173,7 @@ __device__ __forceinline__ RowScaling scaling_of(Team<kLanes>& team, float eps, 
 }
 
 template <class X, int kLanes>
-__global__ void __launch_bounds__(kLanes == 0 ? kMaxThreads : kWarpBlock) norm_rows(NormCall a) {
+__global__ void __launch_bounds__(kLanes == 0 ? kMaxThreads : kWarpBlock, 1) norm_rows(NormCall a) {
   constexpr int kPack = kPackOf<X>, kPacks = elements_of(kLanes) / kPack;
   Team<kLanes> team;
   const int64_t given = int64_t(blockIdx.x) * team.count() + team.index();
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kLanes == 0 ? kMaxThreads : kWarpBlock) norm_r
 
 // One block a row of any width.
 template <class X>
-__global__ void __launch_bounds__(kNormLoopThreads, 2) norm_looped(NormCall a) {
+__global__ void __launch_bounds__(kNormLoopThreads, 3) norm_looped(NormCall a) {
   constexpr int kPack = kPackOf<X>, kPacks = kNormLoopElements / kPack;
   Team<0> team;
   const int64_t row = blockIdx.x;

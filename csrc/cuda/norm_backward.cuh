@@ -130,7 +130,7 @@ inline size_t norm_backward_shared(int threads, bool exchange, bool merges) {
 }
 
 template <class H, int kLanes>
-__global__ void __launch_bounds__(kLanes == 0 ? kNormBackwardThreads : kNormWarpThreads)
+__global__ void __launch_bounds__(kLanes == 0 ? kNormBackwardThreads : kNormWarpThreads, 1)
     norm_backward_rows(NormBackwardCall a, bool exchange) {
   constexpr int kPack = kPackOf<H>, kPacks = kNormBackwardElements<H> / kPack;
   Team<kLanes> team;

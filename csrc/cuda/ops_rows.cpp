@@ -3,6 +3,7 @@
 
 #include "../rows_call.h"
 #include "bind.h"
+#include "rows_args.cuh"
 
 namespace fastattn::cuda {
 namespace {

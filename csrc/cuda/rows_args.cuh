@@ -79,6 +79,4 @@ int norm(const NormCall& a, void* stream);
 template <class H>
 int norm_backward(const NormBackwardCall& a, void* stream);
 
-const char* error_text(int error);
-
 }  // namespace fastattn::cuda

@@ -1,4 +1,4 @@
-"""The CUDA row ops on CPU tensors, through the bindings that the CUDA library has: torch.ops.fastattn_cuda."""
+"""The CUDA library on CPU tensors: torch.ops.fastattn_cuda through its own bindings, with the kernels on the twin."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TORCH = Path(torch.__file__).parent
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
-    """Builds and loads tests/twin/rows_ops.cpp; registers the ops."""
+    """Builds and loads tests/twin/cuda_ops.cpp; registers the ops."""
     include = [f"-isystem{TORCH / 'include' / folder}" for folder in (".", "torch/csrc/api/include")]
     link = (f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10")
     library = build.library(
-        "rows_ops.cpp", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", *include, link=link
+        "cuda_ops.cpp", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", *include, link=link
     )
     library.launched.restype = ctypes.c_char_p
     return library

@@ -1,8 +1,11 @@
-// The CUDA library's row ops on CPU tensors: its schemas and bindings, with the kernels on the twin.
+// The CUDA library's ops on CPU tensors: its schemas and bindings, with the kernels on the twin. Of sm_80's
+// attention head size 64 and fp16 only.
 #include <map>
 
-#include "../../csrc/cuda/ops.cpp"       // NOLINT(bugprone-suspicious-include)
-#include "../../csrc/cuda/ops_rows.cpp"  // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops.cpp"            // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops_attention.cpp"  // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops_rows.cpp"       // NOLINT(bugprone-suspicious-include)
+#include "cuda/attention_sm80.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/norm_backward.cuh"
 #include "cuda/softmax.cuh"
@@ -50,19 +53,37 @@ Names all_names() {
   add_softmax<fp16, fp16>(names), add_softmax<fp16, float>(names);
   add_norm<float>(names), add_norm<bf16>(names), add_norm<fp16>(names);
   add(names, column_sums, "column_sums");
+  add(names, attention_forward_sm80<fp16, 64, MaskForm::None>, "attention none");
+  add(names, attention_forward_sm80<fp16, 64, MaskForm::Ranges>, "attention ranges");
+  add(names, attention_forward_sm80<fp16, 64, MaskForm::Bits>, "attention bits");
   return names;
 }
 
 }  // namespace
 
 const char* error_text(int) { return "a launch on the twin does not fail"; }
+int driver_version() { return 0; }
+
+template <class T, int kHead>
+const char* start_attention_sm80(const AttentionArgs& a, void* stream) {
+  if constexpr (kHead == 64 && std::is_same_v<T, fp16>) {
+    const bool ranges = a.lo || a.hi || a.band_lo > -kUnbounded || a.band_hi < kUnbounded;
+    const auto start = a.block_list ? launch_attention_forward_sm80<T, kHead, MaskForm::Bits>
+                       : ranges     ? launch_attention_forward_sm80<T, kHead, MaskForm::Ranges>
+                                    : launch_attention_forward_sm80<T, kHead, MaskForm::None>;
+    start(a, stream);
+    return nullptr;
+  } else {
+    return "the twin's library has fp16 and head sizes up to 64";
+  }
+}
 
 }  // namespace fastattn::cuda
 
 // The schedule of the launches from here on; forgets which kernels ran.
 TWIN_EXPORT void set_seed(uint64_t seed) {
   twin::options.seed = seed;
-  twin::options.stack_bytes = 12 << 10;
+  twin::options.stack_bytes = 24 << 10;
   twin::launched.clear();
 }
 
