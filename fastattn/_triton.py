@@ -79,6 +79,22 @@ def refuse(name: str, device: torch.device, forced: bool) -> str | None:
     return unusable(device)
 
 
+@cache
+def unusable_attention(device: torch.device) -> str | None:
+    """Why the attention kernels do not compile for a device that the others run on, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
+    if torch.cuda.get_device_capability(device)[0] == 10 and version < (3, 9):
+        return f"triton is {triton.__version__}; 3.6 fails to compile the attention kernels for sm_100, 3.9 does not"
+    return None
+
+
+unusable_attention._dynamo_marked_constant = True
+
+
 def define(*names: str) -> None:
     """Defines ops of the CPU library in this namespace too, by the same schemas."""
     for name in names:
@@ -95,8 +111,15 @@ def implement(name: str, kernel: str) -> None:
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
 
 
-def explain_attention(q, k, v, lowered) -> str:
-    """The launch of an attention call, for people."""
+def explain_attention(p, lowered) -> str:
+    """The launch of an attention problem, for people."""
     by_head = lowered.has_bits and lowered.block_offsets.shape[1] > 1
-    where = ", in the interpreter" if interpreted() else ""
-    return module("attention").explain(q, k, v, lowered.has_bits, by_head) + where
+    terms = (
+        p.softcap
+        or p.dropout_p
+        or p.alibi_slopes is not None
+        or p.bias is not None
+        or lowered.bias is not None
+    )
+    text = module("attention").explain(p.q, p.k, p.v, lowered.has_bits, by_head, bool(terms))
+    return text + (", in the interpreter" if interpreted() else "")

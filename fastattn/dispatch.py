@@ -64,7 +64,7 @@ def _refuse_cuda(p: Problem) -> str | None:
 
 
 def _refuse_triton(p: Problem) -> str | None:
-    reason = _triton.refuse("q", p.device, p.backend == "triton")
+    reason = _triton.refuse("q", p.device, p.backend == "triton") or _triton.unusable_attention(p.device)
     if reason is not None:
         return reason
     if p.dtype == torch.float64:

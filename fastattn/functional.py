@@ -322,7 +322,7 @@ class Explanation:
         if self.kernel == "cpu":
             self.detail = f"{_info.isa()} ({_info.isa_reason()})"
         elif self.kernel == "triton":
-            self.detail = _triton.explain_attention(p.q, p.k, p.v, lowered)
+            self.detail = _triton.explain_attention(p, lowered)
         self.call = features(p)
         self.mask = describe(lowered)
 

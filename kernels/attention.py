@@ -6,7 +6,7 @@ see: by ranges the whole ones without a mask and then the edges, by bits the ent
 take q's dtype and add up in float32; the softmax is float32.
 
 Limits: head sizes up to 256, in one or two parts that are powers of two; a head of 96 is 64 + 32. Keys that no row of
-the block sees may hold anything: where 0 * NaN reached a result, the program runs once more and drops their values.
+the block sees may hold anything: where a NaN came out, the program runs once more and drops their values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .. import _triton
 from . import decode, launch
-from .mask import bits_of, blocks, edge, extent, find, row_bounds, within
+from .mask import GRANULE, bits_of, blocks, edge, extent, find, row_bounds, within
 from .online_softmax import update
 from .philox import dropout_keep
 from .score import finish_scores
@@ -28,14 +28,23 @@ from .tiles import load_part, store_part, store_rows
 
 @triton.jit
 def scores(b_q0, b_q1, p_k, k_row, first, o_k, m_k, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr,
-           BOUNDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """q.k [M, N] of the keys from `first` on."""
+           BOUNDED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """q.k [M, N] of the keys from `first` on. With CHUNK b_q0 is (q, offsets of rows, which exist) and q is read again,
+    CHUNK columns at a time: products on the FMA units hold all the columns of a step in registers."""
     p_k = p_k + first * k_row
-    b_k = load_part(p_k, o_k, k_row, m_k, 0, D0, D, BOUNDED)
-    b_s = tl.dot(b_q0, tl.trans(b_k), input_precision=PRECISION)
-    if D1 > 0:
-        b_k = load_part(p_k, o_k, k_row, m_k, D0, D1, D, BOUNDED)
-        b_s = tl.dot(b_q1, tl.trans(b_k), b_s, input_precision=PRECISION)
+    if CHUNK > 0:
+        p_q, o_q, m_i = b_q0
+        b_s = tl.zeros([o_q.shape[0], o_k.shape[0]], tl.float32)
+        for c in tl.static_range(0, D0 + D1, CHUNK):
+            b_q = load_part(p_q, o_q, 1, m_i, c, CHUNK, D, True)
+            b_k = load_part(p_k, o_k, k_row, m_k, c, CHUNK, D, BOUNDED)
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
+    else:
+        b_k = load_part(p_k, o_k, k_row, m_k, 0, D0, D, BOUNDED)
+        b_s = tl.dot(b_q0, tl.trans(b_k), input_precision=PRECISION)
+        if D1 > 0:
+            b_k = load_part(p_k, o_k, k_row, m_k, D0, D1, D, BOUNDED)
+            b_s = tl.dot(b_q1, tl.trans(b_k), b_s, input_precision=PRECISION)
     return b_s
 
 
@@ -68,7 +77,7 @@ def key_positions(k_pos, k_pos_key, o_n, m_n):
 @triton.jit
 def score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                 D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BOUNDED: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores [M, N] of one block before the mask; PLAIN leaves the scale to the softmax.
 
     rows: (q_pos [M], bias [M] pointers or None, slope [M] or None, which exist). terms: (scale, softcap, bias's
@@ -77,7 +86,7 @@ def score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN: tl.conste
     o_k = tl.arange(0, N)
     o_n = first + o_k
     m_n = o_n < Sk
-    b_s = scores(b_q0, b_q1, p_k, k_row, first, o_k, m_n, D0, D1, D, BOUNDED, PRECISION)
+    b_s = scores(b_q0, b_q1, p_k, k_row, first, o_k, m_n, D0, D1, D, BOUNDED, CHUNK, PRECISION)
     if not PLAIN:
         q_pos, p_bias, slope, m_i = rows
         scale, softcap, bias_key, k_pos, k_pos_key = terms
@@ -122,7 +131,7 @@ def weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_p
 def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, rows, terms, factor, dropout,
            M: tl.constexpr, N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, DV0: tl.constexpr,
            DV1: tl.constexpr, DV: tl.constexpr, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-           HAS_RANGES: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           HAS_RANGES: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The state (m, l, acc0, acc1) of M rows after all that they see, keys [b_lo, b_hi) of [0, Sk).
 
     entries: (list pointer, first entry, end, tile pointer) or the list pointer None. dropout: (b, h [M], seed or
@@ -139,16 +148,20 @@ def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, row
     seen_lo, seen_hi, all_lo, all_hi = extent(b_lo, b_hi, m_i)
     if p_list is not None:
         if HAS_RANGES:
-            entry = find(p_list, entry, entry_end, seen_lo // N)
-            entry_end = find(p_list, entry, entry_end, tl.cdiv(seen_hi, N))
-        for e in tl.range(entry, entry_end, num_stages=1 if EXACT else None):
+            entry = find(p_list, entry, entry_end, seen_lo // GRANULE)
+            entry_end = find(p_list, entry, entry_end, tl.cdiv(seen_hi, GRANULE))
+        for t in tl.range(0, (entry_end - entry) * (64 // N), num_stages=1 if EXACT else None):
+            e = entry + t // (64 // N)
+            from_key = t % (64 // N) * N
             p_entry = p_list + e + e
-            first = tl.load(p_entry) * N
+            first = tl.load(p_entry) * 64 + from_key
             tile = tl.load(p_entry + 1)
             b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
-                              True, PRECISION)  # fmt: skip
+                              True, CHUNK, PRECISION)  # fmt: skip
             if (tile >= 0) | (first < all_lo) | (first + N > all_hi):
-                m_seen = bits_of(p_tiles, tile, o_i % N) & within(b_lo, b_hi, first + tl.arange(0, N))
+                m_seen = bits_of(p_tiles, tile, o_i % 64, from_key, N) & within(
+                    b_lo, b_hi, first + tl.arange(0, N)
+                )
                 b_s = tl.where(m_seen, b_s, float("-inf"))
             m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
                                      k_pos_key, seed, threshold, DV0, DV1, DV, N, True, EXACT, PRECISION)  # fmt: skip
@@ -160,14 +173,14 @@ def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, row
             for n_block in tl.range(full, full_end):
                 first = n_block * N
                 b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
-                                  False, PRECISION)  # fmt: skip
+                                  False, CHUNK, PRECISION)  # fmt: skip
                 m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
                                          k_pos_key, seed, threshold, DV0, DV1, DV, N, False, False,
                                          PRECISION)  # fmt: skip
         for t in tl.range(0, full - start + end - full_end, num_stages=1 if EXACT else None):
             first = edge(t, start, full, full_end) * N
             b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
-                              True, PRECISION)  # fmt: skip
+                              True, CHUNK, PRECISION)  # fmt: skip
             b_s = tl.where(within(b_lo, b_hi, first + tl.arange(0, N)), b_s, float("-inf"))
             m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
                                      k_pos_key, seed, threshold, DV0, DV1, DV, N, True, EXACT, PRECISION)  # fmt: skip
@@ -195,6 +208,112 @@ def place(pid, n_blocks, planes, section, DESCENDING: tl.constexpr):
 @triton.jit
 def has_nan(x):
     return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def attend_rows(start, i_b, i_h, split, part, tensors, strides, shape, ranges, bits, terms, dropout, positions,
+                D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
+                DV1: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr,
+                ALIGN: tl.constexpr, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_RANGES: tl.constexpr,
+                EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Rows start .. start + M of plane (i_b, i_h), from q to out; the tuples are the kernel's arguments.
+
+    part: their first row in `partials`. Returns whether a NaN came out.
+    """
+    q, k, v, out, lse, partials = tensors
+    (q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row) = (
+        strides
+    )
+    Hq, group, Sq, Sk = shape
+    band_lo, band_hi, lo, lo_batch, lo_head, lo_row, hi, hi_batch, hi_head, hi_row = ranges
+    block_offsets, map_batch, map_head, block_list, bit_tiles = bits
+    scale, softcap, bias, bias_batch, bias_head, bias_row, bias_key, alibi, alibi_batch, alibi_head, sinks = (
+        terms
+    )
+    seed, threshold, keep_scale = dropout
+    q_pos, q_pos_batch, q_pos_row, k_pos, k_pos_batch, k_pos_key = positions
+    o_r = start + tl.arange(0, M)
+    if PACKED:
+        o_i = o_r // group
+        o_h = i_h * group + o_r % group
+        i_kv = i_h
+    else:
+        o_i = o_r
+        o_h = tl.zeros([M], tl.int32) + i_h
+        i_kv = i_h // group
+    m_i = o_i < Sq
+    b64, h64, i64 = i_b.to(tl.int64), o_h.to(tl.int64), o_i.to(tl.int64)
+
+    # Strides of q, k, v and out come in units of ALIGN elements, 16 bytes where they can: the compiler sees it.
+    k_row = k_row.to(tl.int64) * ALIGN
+    v_row = v_row.to(tl.int64) * ALIGN
+    o_q = (h64 * q_head + i64 * q_row) * ALIGN
+    p_q = q + b64 * q_batch * ALIGN
+    p_k = k + (b64 * k_batch + i_kv.to(tl.int64) * k_head) * ALIGN
+    p_v = v + (b64 * v_batch + i_kv.to(tl.int64) * v_head) * ALIGN
+    if CHUNK > 0:
+        b_q0 = (p_q, o_q, m_i)
+        b_q1 = b_q0
+    else:
+        b_q0 = load_part(p_q, o_q, 1, m_i, 0, D0, D, True)
+        b_q1 = b_q0
+        if D1 > 0:
+            b_q1 = load_part(p_q, o_q, 1, m_i, D0, D1, D, True)
+
+    first, end = 0, Sk
+    if SPLIT > 0:
+        first = split * SPLIT
+        end = tl.minimum(first + SPLIT, Sk)
+    p_lo, p_hi, p_bias, slope, sink, p_k_pos, b_seed = None, None, None, None, None, None, None
+    if lo is not None:
+        p_lo = lo + b64 * lo_batch + h64 * lo_head
+    if hi is not None:
+        p_hi = hi + b64 * hi_batch + h64 * hi_head
+    b_lo, b_hi = row_bounds(o_i, m_i, p_lo, lo_row, p_hi, hi_row, band_lo, band_hi, first, end)
+    entry, entry_end = 0, 0
+    if block_offsets is not None:
+        p_map = block_offsets + b64 * map_batch + i_h.to(tl.int64) * map_head
+        if PACKED:  # fewer rows than a granule, and one map for all heads
+            p_map = block_offsets + b64 * map_batch
+        else:
+            p_map += start // GRANULE
+        entry, entry_end = tl.load(p_map), tl.load(p_map + 1)
+    if bias is not None:
+        p_bias = bias + b64 * bias_batch + h64 * bias_head + i64 * bias_row
+    if alibi is not None:
+        slope = tl.load(alibi + b64 * alibi_batch + h64 * alibi_head)
+    b_q_pos = o_i
+    if q_pos is not None:
+        b_q_pos = tl.load(q_pos + b64 * q_pos_batch + i64 * q_pos_row, mask=m_i, other=0)
+    if k_pos is not None:
+        p_k_pos = k_pos + b64 * k_pos_batch
+    if seed is not None:
+        b_seed = tl.load(seed)
+
+    factor = scale * 1.4426950408889634 if PLAIN else 1.0
+    m, l, acc0, acc1 = attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi,
+                              (block_list, entry, entry_end, bit_tiles), (b_q_pos, p_bias, slope, m_i),
+                              (scale, softcap, bias_key, p_k_pos, k_pos_key), factor,
+                              (i_b, o_h, b_seed, threshold), M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP,
+                              HAS_RANGES, EXACT, CHUNK, PRECISION)  # fmt: skip
+    if SPLIT > 0:
+        o_part = (part + tl.arange(0, M)) * (DV + 2)
+        tl.store(partials + o_part, m)
+        tl.store(partials + o_part + 1, l)
+        every = tl.full([M], True, tl.int1)
+        store_part(partials + 2, o_part, every, acc0, 0, DV0, DV)
+        if DV1 > 0:
+            store_part(partials + 2, o_part, every, acc1, DV0, DV1, DV)
+    else:
+        if sinks is not None:
+            sink = tl.load(sinks + o_h, mask=m_i, other=0.0)
+        o_out = (b64 * out_batch + h64 * out_head + i64 * out_row) * ALIGN
+        o_lse = (b64 * Hq + h64) * Sq + i64
+        store_rows(acc0, acc1, m, l, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0, DV1, DV)
+    wrong = has_nan(acc0)
+    if DV1 > 0:
+        wrong = wrong | has_nan(acc1)
+    return wrong
 
 
 _INTS = [
@@ -227,7 +346,7 @@ def attention_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
     PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_RANGES: tl.constexpr, DESCENDING: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`heads` and `planes` count what a grid row is: query heads, or, PACKED, K/V heads. With SPLIT the program takes
     SPLIT keys only and leaves its state in `partials` (see decode.py)."""
@@ -236,91 +355,48 @@ def attention_kernel(
     m_block, plane = place(pid // splits, n_blocks, planes, section, DESCENDING)
     i_b = plane // heads
     i_h = plane % heads
-    o_r = m_block * M + tl.arange(0, M)
-    if PACKED:
-        o_i = o_r // group
-        o_h = i_h * group + o_r % group
-        i_kv = i_h
-    else:
-        o_i = o_r
-        o_h = tl.zeros([M], tl.int32) + i_h
-        i_kv = i_h // group
-    m_i = o_i < Sq
-    b64, h64, i64 = i_b.to(tl.int64), o_h.to(tl.int64), o_i.to(tl.int64)
-
-    # Strides of q, k, v and out come in units of ALIGN elements, 16 bytes where they can: the compiler sees it.
-    k_row = k_row.to(tl.int64) * ALIGN
-    v_row = v_row.to(tl.int64) * ALIGN
-    o_q = (h64 * q_head + i64 * q_row) * ALIGN
-    p_q = q + b64 * q_batch * ALIGN
-    p_k = k + (b64 * k_batch + i_kv.to(tl.int64) * k_head) * ALIGN
-    p_v = v + (b64 * v_batch + i_kv.to(tl.int64) * v_head) * ALIGN
-    b_q0 = load_part(p_q, o_q, 1, m_i, 0, D0, D, True)
-    b_q1 = b_q0
-    if D1 > 0:
-        b_q1 = load_part(p_q, o_q, 1, m_i, D0, D1, D, True)
-
-    first, end = 0, Sk
-    if SPLIT > 0:
-        first = split * SPLIT
-        end = tl.minimum(first + SPLIT, Sk)
-    p_lo, p_hi, p_bias, slope, sink, p_k_pos, b_seed = None, None, None, None, None, None, None
-    if lo is not None:
-        p_lo = lo + b64 * lo_batch + h64 * lo_head
-    if hi is not None:
-        p_hi = hi + b64 * hi_batch + h64 * hi_head
-    b_lo, b_hi = row_bounds(o_i, m_i, p_lo, lo_row, p_hi, hi_row, band_lo, band_hi, first, end)
-    entry, entry_end = 0, 0
-    if block_offsets is not None:
-        p_map = block_offsets + b64 * map_batch + i_h.to(tl.int64) * map_head
-        if PACKED:
-            p_map = block_offsets + b64 * map_batch
-        else:
-            p_map += m_block * M // N
-        entry, entry_end = tl.load(p_map), tl.load(p_map + 1)
-    if bias is not None:
-        p_bias = bias + b64 * bias_batch + h64 * bias_head + i64 * bias_row
-    if alibi is not None:
-        slope = tl.load(alibi + b64 * alibi_batch + h64 * alibi_head)
-    b_q_pos = o_i
-    if q_pos is not None:
-        b_q_pos = tl.load(q_pos + b64 * q_pos_batch + i64 * q_pos_row, mask=m_i, other=0)
-    if k_pos is not None:
-        p_k_pos = k_pos + b64 * k_pos_batch
-    if seed is not None:
-        b_seed = tl.load(seed)
-
-    factor = scale * 1.4426950408889634 if PLAIN else 1.0
-    entries = (block_list, entry, entry_end, bit_tiles)
-    rows = (b_q_pos, p_bias, slope, m_i)
-    terms = (scale, softcap, bias_key, p_k_pos, k_pos_key)
-    dropout = (i_b, o_h, b_seed, threshold)
-    m, l, acc0, acc1 = attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, rows, terms, factor,
-                              dropout, M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP, HAS_RANGES, False,
-                              PRECISION)  # fmt: skip
-    wrong = has_nan(acc0)
-    if DV1 > 0:
-        wrong = wrong | has_nan(acc1)
-    if wrong:
-        m, l, acc0, acc1 = attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, rows, terms,
-                                  factor, dropout, M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP, HAS_RANGES,
-                                  True, PRECISION)  # fmt: skip
-
-    if SPLIT > 0:
-        part = (plane.to(tl.int64) * n_blocks + m_block) * splits + split
-        o_part = part * M + tl.arange(0, M)
-        tl.store(partials + o_part * (DV + 2), m)
-        tl.store(partials + o_part * (DV + 2) + 1, l)
-        every = tl.full([M], True, tl.int1)
-        store_part(partials + 2, o_part * (DV + 2), every, acc0, 0, DV0, DV)
-        if DV1 > 0:
-            store_part(partials + 2, o_part * (DV + 2), every, acc1, DV0, DV1, DV)
-    else:
-        if sinks is not None:
-            sink = tl.load(sinks + o_h)
-        o_out = (b64 * out_batch + h64 * out_head + i64 * out_row) * ALIGN
-        o_lse = (b64 * Hq + h64) * Sq + i64
-        store_rows(acc0, acc1, m, l, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0, DV1, DV)
+    part = ((plane.to(tl.int64) * n_blocks + m_block) * splits + split) * M
+    tensors = (q, k, v, out, lse, partials)
+    strides = (
+        q_batch,
+        q_head,
+        q_row,
+        k_batch,
+        k_head,
+        k_row,
+        v_batch,
+        v_head,
+        v_row,
+        out_batch,
+        out_head,
+        out_row,
+    )
+    shape = (Hq, group, Sq, Sk)
+    ranges = (band_lo, band_hi, lo, lo_batch, lo_head, lo_row, hi, hi_batch, hi_head, hi_row)
+    bits = (block_offsets, map_batch, map_head, block_list, bit_tiles)
+    terms = (
+        scale,
+        softcap,
+        bias,
+        bias_batch,
+        bias_head,
+        bias_row,
+        bias_key,
+        alibi,
+        alibi_batch,
+        alibi_head,
+        sinks,
+    )
+    dropout = (seed, threshold, keep_scale)
+    positions = (q_pos, q_pos_batch, q_pos_row, k_pos, k_pos_batch, k_pos_key)
+    wrong = attend_rows(m_block * M, i_b, i_h, split, part, tensors, strides, shape, ranges, bits, terms, dropout,
+                        positions, D, D0, D1, DV, DV0, DV1, M, N, SPLIT, PACKED, ALIGN, PLAIN, HAS_SOFTCAP,
+                        HAS_RANGES, False, CHUNK, PRECISION)  # fmt: skip
+    if wrong:  # rare: 16 rows at a time, so that it costs the rest no registers
+        for s in tl.range(0, M, 16):
+            attend_rows(m_block * M + s, i_b, i_h, split, part + s, tensors, strides, shape, ranges, bits, terms,
+                        dropout, positions, D, D0, D1, DV, DV0, DV1, 16, N, SPLIT, PACKED, ALIGN, PLAIN, HAS_SOFTCAP,
+                        HAS_RANGES, True, CHUNK, PRECISION)  # fmt: skip
 
 
 def _strides(t: torch.Tensor | None, sizes: tuple[int, ...]) -> list[int]:
@@ -377,21 +453,25 @@ class Plan:
     splits: int
 
 
-def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool) -> Plan:
+def plan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool, terms: bool
+) -> Plan:
     Hq, Sq, D = q.shape[1:]
     Hkv, Sk = k.shape[1:3]
     group = Hq // Hkv if Hkv else 1
     packed = group > 1 and Sq < launch.DECODE_ROWS and not bits_by_head
     rows = Sq * group if packed else Sq
     width = max(sum(launch.parts(D)), sum(launch.parts(v.shape[3])))
-    tile = launch.attention(launch.architecture(q.device), q.element_size(), width, rows, bits)
+    tile = launch.attention(launch.architecture(q.device), q.element_size(), width, rows, bits, terms)
     split = rows <= launch.DECODE_ROWS and Sk > launch.DECODE_SPLIT
     return Plan(tile, packed, rows, -(-Sk // launch.DECODE_SPLIT) if split else 1)
 
 
-def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool) -> str:
+def explain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool, terms: bool
+) -> str:
     """The row of the launch table, for people."""
-    p = plan(q, k, v, bits, bits_by_head)
+    p = plan(q, k, v, bits, bits_by_head, terms)
     tile = p.tile
     text = f"attention, {tile.M} x {tile.N} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
     if p.packed:
@@ -437,7 +517,8 @@ def attention_fwd(
     if B * Hq * Sq == 0:
         return out, lse
     bits = block_offsets is not None
-    p = plan(q, k, v, bits, bits and block_offsets.shape[1] > 1)
+    terms = bool(softcap or dropout_p) or bias is not None or alibi_slopes is not None
+    p = plan(q, k, v, bits, bits and block_offsets.shape[1] > 1, terms)
     tile, group = p.tile, Hq // Hkv
     heads = Hkv if p.packed else Hq
     n_blocks, planes = -(-p.rows // tile.M), B * heads
@@ -469,7 +550,7 @@ def attention_fwd(
         PLAIN=bool(scale > 0 and not softcap and bias is None and alibi_slopes is None),
         HAS_SOFTCAP=bool(softcap), HAS_RANGES=ranges,
         DESCENDING=ranges and (band_hi is not None or band_lo is None) or bits,
-        PRECISION=precision() if q.dtype == torch.float32 else None,
+        CHUNK=tile.chunk, PRECISION=precision() if q.dtype == torch.float32 else None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:

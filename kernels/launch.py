@@ -12,12 +12,13 @@ import torch
 
 # What is left of shared memory for K and V tiles decides the stages; in bytes a block may take.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+SHARED["interpreter"] = SHARED["sm_80"]
 
 
 def architecture(device: torch.device) -> str:
-    """The row of SHARED that serves a device; the interpreter's is sm_80."""
+    """The row of SHARED that serves a device."""
     if device.type != "cuda":
-        return "sm_80"
+        return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
     capability = torch.cuda.get_device_capability(device)
@@ -41,12 +42,13 @@ def parts(size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class AttentionLaunch:
-    """M rows of queries by N keys a step."""
+    """M rows of queries by N keys a step; chunk: columns of a product of q and k at a time, 0 for all."""
 
     M: int
     N: int
     num_warps: int
     num_stages: int
+    chunk: int = 0
 
 
 # Keys of a split of decode: K and V of 256 KB at head size 128 in bf16, microseconds of memory traffic.
@@ -57,26 +59,30 @@ DECODE_ROWS = 64
 SECTION_BYTES = 32 << 20
 
 
-def attention(arch: str, itemsize: int, width: int, rows: int, bits: bool) -> AttentionLaunch:
+def attention(arch: str, itemsize: int, width: int, rows: int, bits: bool, terms: bool) -> AttentionLaunch:
     """width: the wider of the two heads, its parts together; rows: query rows, packed ones counted; bits: the mask
-    has granules, which are the tile then."""
-    if itemsize == 4:
-        # IEEE products run on the FMA units: small tiles, or the accumulators spill.
-        m, n, warps = (64, 32, 4) if width <= 128 else (32, 32, 4)
-        if bits:
-            n, warps = 64, 8
-    elif bits or width > 128:
-        # Two accumulators of 64 x 64 at head size 64 to 128 are what 4 warps hold.
-        m, n, warps = 64, 64, 4 if width <= 128 else 8
+    has granules, whose rows are the most a tile holds then; terms: bias, ALiBi, softcap or dropout."""
+    amd, chunk = arch.startswith("gfx"), 0
+    if arch == "interpreter":
+        m, n, warps = 64, 64, 4  # NumPy takes few large steps quicker than many small ones
+    elif itemsize == 4:
+        # IEEE products run on the FMA units, and hold whole rows and columns of a step in registers: short steps.
+        m, n, warps, chunk = 32, 16, 8, 16
+    elif width > 128:
+        # The accumulator of 64 rows is what 8 warps hold; beside terms that of 32.
+        m, n, warps = 32 if terms else 64, 64, 4 if amd and not terms else 8
+    elif bits or terms:
+        # The terms' own blocks are as large as the scores: 8 warps share them.
+        m, n, warps = 64, 64, 8 if terms and not amd else 4
     else:
-        m, n, warps = 128, 64, 4 if width <= 64 else 8
+        # Hopper's wgmma reads its operands from shared memory, so that 4 warps hold head size 64.
+        m, n, warps = 128, 64, 4 if width <= 64 and arch == "sm_90" else 8
     while m > 16 and m // 2 >= rows:
         m //= 2
-        warps = max(2, warps // 2) if warps > 4 else warps
     # Q stays; every stage holds a tile of K and one of V.
     free = SHARED[arch] - m * width * itemsize - (8 << 10)
     stages = max(1, min(3, free // (2 * n * width * itemsize)))
-    return AttentionLaunch(m, n, warps, stages)
+    return AttentionLaunch(m, n, warps, stages, chunk)
 
 
 # --- attention backward ---

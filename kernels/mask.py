@@ -69,14 +69,14 @@ def find(p_list, start, end, granule):
 
 
 @triton.jit
-def bits_of(p_tiles, tile, o_r):
-    """bool [M, 64] of a bit tile, for rows o_r of the granule; a tile of -1 is full."""
+def bits_of(p_tiles, tile, o_r, from_key=0, N: tl.constexpr = 64):
+    """bool [M, N] of a bit tile, for rows o_r of the granule and its keys from from_key on; a tile of -1 is full."""
     words = tl.load(
         p_tiles + tile.to(tl.int64) * GRANULE + o_r, mask=o_r >= tl.where(tile < 0, GRANULE, 0), other=-1
     )
     low = words.to(tl.int32)
     high = (words >> 32).to(tl.int32)
-    o_c = tl.arange(0, GRANULE)
+    o_c = from_key + tl.arange(0, N)
     half = tl.where(o_c[None, :] < 32, low[:, None], high[:, None])
     return ((half >> (o_c % 32)[None, :]) & 1) != 0
 
