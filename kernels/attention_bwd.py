@@ -241,7 +241,7 @@ def keys_seen(o_j, seen_lo, seen_hi, bit_tiles, tile, o_i, m_seen, bias):
         m_key = tl.max(m_seen.to(tl.int32), 0) > 0
     elif bit_tiles is not None:
         p = bit_tiles + tile.to(tl.int64) * GRANULE + o_i % GRANULE
-        words = tl.reduce(tl.load(p, mask=(o_i >= 0) & (tile >= 0), other=-1), 0, either)
+        words = tl.reduce(tl.load(p, mask=o_i >= tl.where(tile < 0, FAR, 0), other=-1), 0, either)
         m_key = m_key & (((words >> (o_j % GRANULE)) & 1) != 0)
     return m_key
 

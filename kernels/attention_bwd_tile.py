@@ -12,7 +12,7 @@ Hidden NaN: P and dS are selected, never multiplied by a mask.
 import triton
 import triton.language as tl
 
-from .mask import GRANULE, row_bounds
+from .mask import FAR, GRANULE, row_bounds
 from .online_softmax import LOG2E
 from .philox import dropout_keep
 from .score import tanh
@@ -108,7 +108,9 @@ def seen_of(o_i, o_j, b_lo, b_hi, p_tiles, tile, TRANSPOSED: tl.constexpr):
     m_seen = (j >= across(b_lo, True, TRANSPOSED)) & (j < across(b_hi, True, TRANSPOSED))
     if p_tiles is not None:
         words = tl.load(
-            p_tiles + tile.to(tl.int64) * GRANULE + o_i % GRANULE, mask=(o_i >= 0) & (tile >= 0), other=-1
+            p_tiles + tile.to(tl.int64) * GRANULE + o_i % GRANULE,
+            mask=o_i >= tl.where(tile < 0, FAR, 0),
+            other=-1,
         )
         low = across(words.to(tl.int32), True, TRANSPOSED)
         high = across((words >> 32).to(tl.int32), True, TRANSPOSED)

@@ -102,7 +102,7 @@ def attention_bwd(arch: str, itemsize: int, width: int, bits: bool, keys: bool) 
     if width > 128:
         return AttentionLaunch(32, 32, 8, stages)
     if not keys:
-        if bits or arch == "sm_80":
+        if bits or arch in ("sm_80", "interpreter"):
             return AttentionLaunch(64, 64, 4 if width <= 64 else 8, stages)
         return AttentionLaunch(128, 64, 8, stages)
     # dK and dV of N keys, S and dP of M x N and the rows' statistics are what 255 registers have to hold.
