@@ -34,6 +34,7 @@ def card(monkeypatch):
         monkeypatch.setattr(_cuda_library, "LIBRARY", Library(13000, archs))
         monkeypatch.setattr(_cuda_library, "_capability", lambda device: (major, minor))
         monkeypatch.setattr(_triton, "unusable", lambda device: triton)
+        monkeypatch.setattr(_triton, "unusable_attention", lambda device: None)
         return Card(torch.randn(3, 64))
 
     return make

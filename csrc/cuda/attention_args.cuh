@@ -21,7 +21,8 @@ struct Result {
 // The head size that serves D and Dv; 0: none.
 constexpr int padded_head(int D, int Dv) {
   const int largest = D > Dv ? D : Dv;
-  for (const int head : {32, 64, 96, 128, 192, 256}) {
+  const int heads[] = {32, 64, 96, 128, 192, 256};
+  for (const int head : heads) {
     if (largest <= head) return head;
   }
   return 0;
