@@ -37,12 +37,6 @@ class Choice:
     refusals: tuple[tuple[str, str], ...]
 
 
-def _refuse_gpu(p: Problem, what: str) -> str | None:
-    if p.device.type != "cuda":
-        return f"q is on {p.device.type}, not on a CUDA or ROCm device"
-    return f"no {what} attention kernel is in this version"
-
-
 def _refuse_cuda(p: Problem) -> str | None:
     reason = _cuda_library.refuse("q", p.device)
     if reason is not None:

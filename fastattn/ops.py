@@ -24,7 +24,7 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 
 
-def _output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised [B, Hq, Sq, width] in q's order of heads and rows: the kernels' layout rule."""
     B, H, S, _ = q.shape
     if q.stride(1) < q.stride(2):
@@ -34,7 +34,7 @@ def _output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 def _fake_fwd(q, k, v, scale, *rest):
     out_fp32 = rest[-1]
-    out = _output_like(q, v.shape[3], torch.float32 if out_fp32 else q.dtype)
+    out = output_like(q, v.shape[3], torch.float32 if out_fp32 else q.dtype)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -46,7 +46,7 @@ _LIBRARY.impl("attention_plain", torch.library.fallthrough_kernel, "AutogradCPU"
 
 @torch.library.register_fake("fastattn::attention_plain")
 def _(q, k, v, scale, is_causal):
-    return _output_like(q, v.shape[3], q.dtype)
+    return output_like(q, v.shape[3], q.dtype)
 
 
 def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):
@@ -60,7 +60,7 @@ def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):
     def operand(t: Tensor, needed: bool) -> Tensor:
         if not needed:
             return empty(None, t, False)
-        return _output_like(t, t.shape[3], torch.float32 if fp32 else t.dtype)
+        return output_like(t, t.shape[3], torch.float32 if fp32 else t.dtype)
 
     return (
         *(operand(t, needed) for t, needed in zip((q, k, v), needs)),

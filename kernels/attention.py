@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 
 from .. import _triton
+from ..ops import output_like
 from . import decode, launch
+from .attention_call import (
+    clamp_band,
+    columns_adjacent,
+    dropout_scalars,
+    in_units,
+    precision,
+    refuse_caches,
+    strides_of,
+)
 from .mask import GRANULE, bits_of, blocks, edge, extent, find, row_bounds, within
 from .online_softmax import update
 from .philox import dropout_keep
@@ -399,50 +409,6 @@ def attention_kernel(
                         HAS_RANGES, True, CHUNK, PRECISION)  # fmt: skip
 
 
-def _strides(t: torch.Tensor | None, sizes: tuple[int, ...]) -> list[int]:
-    """Strides in elements, 0 along the dimensions that broadcast."""
-    if t is None:
-        return [0] * len(sizes)
-    return [0 if t.shape[d] == 1 and size != 1 else t.stride(d) for d, size in enumerate(sizes)]
-
-
-def _columns_adjacent(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous()
-
-
-def output_like(q: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised [B, Hq, Sq, width] in q's order of heads and rows."""
-    B, H, S, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty((B, S, H, width), dtype=dtype).transpose(1, 2)
-    return q.new_empty((B, H, S, width), dtype=dtype)
-
-
-def precision() -> str:
-    """Products of float32: IEEE, or TF32 where torch's own flag allows it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def dropout_scalars(p: float) -> tuple[int, float]:
-    """The threshold of kept words, its 32 bits as a signed number, and the factor on what is kept."""
-    threshold = min(int(p * 2**32), 2**32 - 1)
-    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - p)
-
-
-def clamp_band(band: int | None, unlimited: int, length: int) -> int:
-    """A band's scalar as 32 bits; past `length` rows or keys all numbers mean the same."""
-    return unlimited if band is None else max(-length, min(length, band))
-
-
-def in_units(*tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """(unit, the strides of batch, head and row of each tensor in it): 16 bytes of the first's dtype, or 1 element."""
-    strides = [s for t in tensors for s in t.stride()[:3]]
-    unit = 16 // tensors[0].element_size()
-    if any(s % unit for s in strides):
-        unit = 1
-    return unit, [s // unit for s in strides]
-
-
 @dataclass(frozen=True)
 class Plan:
     """How a call is cut: the tile, whether a group's heads are packed into rows, and in how many splits of keys."""
@@ -486,11 +452,7 @@ def attention_fwd(
     dropout_p, dropout_seed, q_pos, k_pos, block_table, kv_lengths, k_scale, v_scale, sinks, out_fp32,
 ):  # fmt: skip
     """The op; arguments and results as in csrc/ops.cpp."""
-    for name, t in (("block_table", block_table), ("kv_lengths", kv_lengths), ("k_scale", k_scale)):
-        if t is not None:
-            raise ValueError(
-                f"fastattn: {name} is not served by the Triton kernels: no paged or quantised caches"
-            )
+    refuse_caches(block_table, kv_lengths, k_scale, v_scale)
     if _triton.interpreted() and q.dtype == torch.bfloat16:
         # Triton's interpreter computes wrongly in bfloat16.
         wide = [t.float() for t in (q, k, v)]
@@ -511,7 +473,7 @@ def attention_fwd(
 
     B, Hq, Sq, D = q.shape
     Hkv, Sk, DV = k.shape[1], k.shape[2], v.shape[3]
-    q, k, v = (_columns_adjacent(t) for t in (q, k, v))
+    q, k, v = (columns_adjacent(t) for t in (q, k, v))
     out = output_like(q, DV, torch.float32 if out_fp32 else q.dtype)
     lse = q.new_empty((B, Hq, Sq), dtype=torch.float32)
     if B * Hq * Sq == 0:
@@ -539,11 +501,11 @@ def attention_fwd(
         *strides,
         Hq, heads, group, Sq, Sk, n_blocks, planes, section, p.splits,
         float(scale), float(softcap), clamp_band(band_lo, -(2**30), Sq + Sk), clamp_band(band_hi, 2**30, Sq + Sk),
-        lo, *_strides(lo, cells), hi, *_strides(hi, cells),
-        block_offsets, *_strides(block_offsets, (B, Hq)), block_list, bit_tiles,
-        bias, *_strides(bias, (B, Hq, Sq, Sk)), alibi_slopes, *_strides(alibi_slopes, (B, Hq)),
+        lo, *strides_of(lo, cells), hi, *strides_of(hi, cells),
+        block_offsets, *strides_of(block_offsets, (B, Hq)), block_list, bit_tiles,
+        bias, *strides_of(bias, (B, Hq, Sq, Sk)), alibi_slopes, *strides_of(alibi_slopes, (B, Hq)),
         sinks, dropout_seed if dropout_p else None, threshold, keep_scale,
-        q_pos, *_strides(q_pos, (B, Sq)), k_pos, *_strides(k_pos, (B, Sk)),
+        q_pos, *strides_of(q_pos, (B, Sq)), k_pos, *strides_of(k_pos, (B, Sk)),
         D=D, D0=D0, D1=D1, DV=DV, DV0=DV0, DV1=DV1, M=tile.M, N=tile.N,
         SPLIT=launch.DECODE_SPLIT if split else 0, PACKED=p.packed,
         ALIGN=unit,

@@ -1,7 +1,6 @@
 """Attention backward: gradients of q, k, v, bias, ALiBi slopes and sinks; the tile's arithmetic is in
-attention_bwd_tile.py.
+attention_bwd_tile.py, the pass over rows before all others in attention_bwd_rows.py.
 
-    rows      delta = sum(dO * O) - dlse, LSE as exponents take it, and what each block of rows sees
     keys      dK, dV of a block of keys: the query heads of its group one after another, for each the blocks of rows
               that see it; also dS summed over rows, for a bias without rows
     queries   dQ of a block of rows, over the blocks of keys that it sees; also dS summed over keys, plain for a bias
@@ -20,116 +19,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
+from ..ops import output_like
 from . import launch
-from .attention import (
-    _columns_adjacent,
-    _strides,
+from .attention_bwd_rows import row_kernel, rows_that_see
+from .attention_bwd_tile import gradients, head_of, key_places, row_values
+from .attention_call import (
     clamp_band,
+    columns_adjacent,
     dropout_scalars,
     in_units,
-    output_like,
     precision,
+    refuse_caches,
+    strides_of,
 )
-from .attention_bwd_tile import gradients, head_of, key_places, row_values
-from .mask import FAR, GRANULE, blocks, edge, extent, find, row_bounds
+from .mask import FAR, GRANULE, blocks, edge, extent, find
 from .online_softmax import LOG2E
 from .tiles import load_part, store_part
 
 # Beyond this float32 holds an LSE to a thirty-second and worse.
 EXTREME = tl.constexpr(1e6)
-# Blocks of rows whose extents a program of `keys` reads at once.
-SCAN = tl.constexpr(128)
-
-
-@triton.jit(do_not_specialize=["Hq", "Sq", "Sk", "n_blocks", "band_lo", "band_hi"])
-def row_kernel(
-    out, out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64,
-    dout, dout_batch: tl.int64, dout_head: tl.int64, dout_row: tl.int64,
-    lse, dlse, sinks, exponent, delta, dsinks, extents,
-    Hq: tl.int32, Sq: tl.int32, Sk: tl.int32, n_blocks: tl.int32, band_lo: tl.int32, band_hi: tl.int32,
-    lo, lo_batch: tl.int64, lo_head: tl.int64, lo_row: tl.int64,
-    hi, hi_batch: tl.int64, hi_head: tl.int64, hi_row: tl.int64,
-    unit: tl.float32, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """exponent: of weights, in `unit`s of a natural logarithm; +inf for rows that see nothing. delta: what the
-    softmax's derivative takes off. dsinks: float32 a block. extents: int32 [n_blocks, 4] a head, see mask.extent."""
-    pid = tl.program_id(0)
-    plane, m_block = pid // n_blocks, pid % n_blocks
-    i_b, i_h = plane // Hq, plane % Hq
-    b64, h64 = i_b.to(tl.int64), i_h.to(tl.int64)
-    o_i = m_block * M + tl.arange(0, M)
-    i64 = o_i.to(tl.int64)
-    m_i = o_i < Sq
-    if extents is not None:
-        p_lo, p_hi = None, None
-        if lo is not None:
-            p_lo = lo + b64 * lo_batch + h64 * lo_head
-        if hi is not None:
-            p_hi = hi + b64 * hi_batch + h64 * hi_head
-        b_lo, b_hi = row_bounds(o_i, m_i, p_lo, lo_row, p_hi, hi_row, band_lo, band_hi, 0, Sk)
-        seen_lo, seen_hi, all_lo, all_hi = extent(b_lo, b_hi, m_i)
-        p_extent = extents + pid.to(tl.int64) * 4
-        tl.store(p_extent, seen_lo)
-        tl.store(p_extent + 1, seen_hi)
-        tl.store(p_extent + 2, all_lo)
-        tl.store(p_extent + 3, all_hi)
-
-    b_out = load_part(out + b64 * out_batch + h64 * out_head, i64 * out_row, 1, m_i, 0, BLOCK_DV, DV, True)
-    b_do = load_part(dout + b64 * dout_batch + h64 * dout_head, i64 * dout_row, 1, m_i, 0, BLOCK_DV, DV, True)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    o = (b64 * Hq + h64) * Sq + i64
-    b_lse = tl.load(lse + o, mask=m_i, other=float("-inf"))
-    m_some = b_lse != float("-inf")
-    b_lse = tl.where(m_some, b_lse, 0.0)
-    b_gated = b_lse
-    b_gate = tl.full([M], 1.0, tl.float32)
-    if sinks is not None:
-        # out = sigmoid(lse - sink) * (P V), so P * sigmoid(lse - sink) = exp(s - gated) takes P's place.
-        sink = tl.load(sinks + i_h)
-        b_gated = tl.maximum(b_lse, sink) + tl.log(1.0 + tl.exp(-tl.abs(b_lse - sink)))
-        b_gate = tl.exp(b_lse - b_gated)
-        if dsinks is not None:
-            tl.store(dsinks + pid, -tl.sum(tl.where(m_some, b_delta * tl.exp(sink - b_gated), 0.0)))
-    if dlse is not None:
-        # The gradient of LSE weighs P itself. Below 2^-100 the gate no longer matters, but must not be 0.
-        tiny = b_gate < 7.9e-31
-        b_gate = tl.where(tiny, 7.9e-31, b_gate)
-        b_gated = tl.where(tiny, b_lse + 69.3, b_gated)
-        b_delta -= tl.load(dlse + o, mask=m_i, other=0.0) / b_gate
-    tl.store(exponent + o, tl.where(m_some, b_gated * unit, float("inf")), mask=m_i)
-    tl.store(delta + o, tl.where(m_some, b_delta, 0.0), mask=m_i)
-
-
-@triton.jit
-def rows_that_see(first, end, p_extents, n_blocks, band_lo, band_hi, Sq, M: tl.constexpr):
-    """Blocks of M rows that see keys [first, end): [start, stop), of them [full, full_end) all of these keys.
-
-    By the band, or by the extents of blocks, where the full ones count only if they are all of them."""
-    if p_extents is None:
-        lo = tl.minimum(tl.maximum(first - band_hi, 0), Sq)
-        hi = tl.maximum(tl.minimum(end - band_lo, Sq), lo)
-        all_lo = tl.maximum(end - 1 - band_hi, lo)
-        all_hi = tl.minimum(first - band_lo + 1, hi)
-        # Rows past the last one weigh nothing.
-        all_hi = tl.where(all_hi == Sq, tl.cdiv(Sq, M) * M, all_hi)
-        start, full, full_end, stop = blocks(lo, tl.where(hi > lo, hi, 0), all_lo, all_hi, M)
-        start = tl.minimum(start, stop)
-    else:
-        start, stop, n_full = FAR + 0, 0, 0
-        for c in tl.range(0, n_blocks, SCAN):
-            o = c + tl.arange(0, SCAN)
-            m = o < n_blocks
-            p = p_extents + o.to(tl.int64) * 4
-            seen_lo, seen_hi = tl.load(p, mask=m, other=0), tl.load(p + 1, mask=m, other=0)
-            all_lo, all_hi = tl.load(p + 2, mask=m, other=0), tl.load(p + 3, mask=m, other=0)
-            m = m & (seen_lo < end) & (seen_hi > first)
-            start = tl.minimum(start, tl.min(tl.where(m, o, FAR), 0))
-            stop = tl.maximum(stop, tl.max(tl.where(m, o + 1, 0), 0))
-            n_full += tl.sum((m & (all_lo <= first) & (all_hi >= end)).to(tl.int32), 0)
-        start = tl.minimum(start, stop)
-        full = tl.where(n_full == stop - start, start, stop)
-        full_end = stop
-    return start, full, full_end, stop
 
 
 @triton.jit
@@ -508,11 +416,7 @@ def attention_bwd(
     kv_lengths, k_scale, v_scale, sinks, needs, grads_fp32,
 ):  # fmt: skip
     """The op; arguments and results as in csrc/ops.cpp."""
-    for name, t in (("block_table", block_table), ("kv_lengths", kv_lengths), ("k_scale", k_scale)):
-        if t is not None:
-            raise ValueError(
-                f"fastattn: {name} is not served by the Triton kernels: no paged or quantised caches"
-            )
+    refuse_caches(block_table, kv_lengths, k_scale, v_scale)
     if block_offsets is not None and (block_offsets_t is None or block_list_t is None):
         raise ValueError("fastattn: the backward needs block_offsets_t and block_list_t")
     if _triton.interpreted() and q.dtype == torch.bfloat16:
@@ -546,7 +450,7 @@ def attention_bwd(
             t.zero_()
         return results
 
-    q, k, v, out, dout_as_out = (_columns_adjacent(t) for t in (q, k, v, out, dout))
+    q, k, v, out, dout_as_out = (columns_adjacent(t) for t in (q, k, v, out, dout))
     dout = dout_as_out.to(q.dtype)
     lse = lse.contiguous()
     bits, cells = block_offsets is not None, (B, Hq, Sq)
@@ -560,7 +464,7 @@ def attention_bwd(
     )
     plain = not softcap and bias is None and alibi_slopes is None
     band = (clamp_band(band_lo, -(2**30), Sq + Sk), clamp_band(band_hi, 2**30, Sq + Sk))
-    bounds = (lo, *_strides(lo, cells), hi, *_strides(hi, cells))
+    bounds = (lo, *strides_of(lo, cells), hi, *strides_of(hi, cells))
 
     def blocks_of(size: int, block: int) -> int:
         return -(-size // block)
@@ -596,11 +500,12 @@ def attention_bwd(
         backward_kernel[(programs,)](
             q, k, v, dout, exponent, delta, shift, extents, *grads, *sums, *strides, B, Hq, group, Sq, Sk, n_blocks,
             n_rows, float(scale) * (LOG2E if plain else 1.0), float(scale), float(softcap), *band, *bounds,
-            offsets, *_strides(offsets, (B, Hq)), entries, bit_tiles,
-            bias, *_strides(bias, (B, Hq, Sq, Sk)), *(bias.shape[:2] if bias is not None else (1, 1)),
-            alibi_slopes, *_strides(alibi_slopes, (B, Hq)), dropout_seed if dropout_p else None, threshold, keep_scale,
-            q_pos, *_strides(q_pos, (B, Sq)), k_pos, *_strides(k_pos, (B, Sk)),
-            PASS=which, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, M=tile.M, N=tile.N,
+            offsets, *strides_of(offsets, (B, Hq)), entries, bit_tiles,
+            bias, *strides_of(bias, (B, Hq, Sq, Sk)), *(bias.shape[:2] if bias is not None else (1, 1)),
+            alibi_slopes, *strides_of(alibi_slopes, (B, Hq)),
+            dropout_seed if dropout_p else None, threshold, keep_scale,
+            q_pos, *strides_of(q_pos, (B, Sq)), k_pos, *strides_of(k_pos, (B, Sk)),
+            PASS=which.value, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, M=tile.M, N=tile.N,
             UNIT=unit, PLAIN=plain, HAS_SOFTCAP=bool(softcap),
             RANGES=ranges, PRECISION=precision() if q.dtype == torch.float32 else None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -611,18 +516,18 @@ def attention_bwd(
     if bias is not None:
         shift = torch.zeros_like(exponent)
         # Reads the extreme rows alone, of which there seldom are any.
-        run(B * Hq * m_blocks, 3, queries, m_blocks, sums=(shift, None, None))
+        run(B * Hq * m_blocks, SHIFTS, queries, m_blocks, sums=(shift, None, None))
     if needs_q or by_row or needs_slopes:
-        run(B * Hq * m_blocks, 1, queries, m_blocks, shift=shift, gradients="q" if needs_q else (),
+        run(B * Hq * m_blocks, QUERIES, queries, m_blocks, shift=shift, gradients=("q",) * needs_q,
             sums=(row_sums, distance_sums, None))  # fmt: skip
     if needs_k or needs_v or by_key:
         wanted = ("k",) * needs_k + ("v",) * needs_v
-        run(B * Hkv * n_blocks, 0, keys, n_blocks, shift=shift, gradients=wanted, sums=(None, None, column_sums),
+        run(B * Hkv * n_blocks, KEYS, keys, n_blocks, shift=shift, gradients=wanted, sums=(None, None, column_sums),
             transposed=True, n_rows=n_rows)  # fmt: skip
     if needs_bias and not (by_key or by_row):
         blocks_k = blocks_of(Sk, queries.N)
         programs = bias.shape[0] * bias.shape[1] * m_blocks * blocks_k
-        run(programs, 2, queries, blocks_k, shift=shift, gradients=("bias",), n_rows=m_blocks)
+        run(programs, BIAS, queries, blocks_k, shift=shift, gradients=("bias",), n_rows=m_blocks)
     elif needs_bias:
         dbias.copy_(_reduced(column_sums if by_key else row_sums, bias))
     if needs_slopes:
