@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda_library, _library, _triton, reference  # noqa: F401  the op library has to be loaded first
-from .eager import eager
+from .eager import eager, full
 from .masks.bits import Bits
 from .masks.lower import _transpose
 
@@ -20,8 +20,9 @@ _FWD = tuple(
     "dropout_seed q_pos k_pos block_table kv_lengths k_scale v_scale sinks out_fp32".split()
 )
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-# The order of attention_bwd's `needs` and of its results.
+# The order of attention_bwd's `needs` and of its results, and where attention_fwd has them.
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
+_POSITIONS = tuple(_FWD.index(name) for name in _DIFFERENTIABLE)
 
 
 def output_like(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -71,46 +72,62 @@ def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):
 
 
 def _setup(ctx, inputs, output):
-    given = dict(zip(_FWD, inputs))
-    out, lse = output
-    names = [n for n, x in given.items() if isinstance(x, Tensor)]
-    ctx.save_for_backward(out, lse, *(given[n] for n in names))
-    ctx.names = names
-    ctx.plain = {n: x for n, x in given.items() if n not in names}
+    ctx.save_for_backward(*output, *inputs[:3], *inputs[6:13], *inputs[15:23])
+    ctx.values = (*inputs[3:6], *inputs[13:15])
     ctx.set_materialize_grads(False)
 
 
-def _backward_of(ops: Ops):
-    def backward(ctx, dout, dlse):
-        out, lse, *tensors = ctx.saved_tensors
-        given = {**ctx.plain, **dict(zip(ctx.names, tensors))}
-        grads: dict[str, Tensor] = {}
-        if dout is not None or dlse is not None:
-            if dout is None:
-                dout = torch.zeros_like(out)
-            needed = dict(zip(_FWD, ctx.needs_input_grad))
-            offsets_t = list_t = None
-            if given["block_list"] is not None:
-                n_q, n_k = ((given[n].shape[2] + 63) // 64 for n in ("q", "k"))
-                bits = Bits(given["block_offsets"], given["block_list"], given["bit_tiles"])
-                offsets_t, list_t = _transpose(bits, n_q, n_k)
-            results = ops.backward(
-                dout,
-                dlse,
-                *(given[n] for n in ("q", "k", "v")),
-                out,
-                lse,
-                *(given[n] for n in _FWD[3:10]),
+def _gradients_of(ops: Ops):
+    def gradients(ctx, needs, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * len(needs)
+        (
+            out,
+            lse,
+            q,
+            k,
+            v,
+            *mask,
+            bias,
+            slopes,
+            seed,
+            q_pos,
+            k_pos,
+            table,
+            lengths,
+            k_scale,
+            v_scale,
+            sinks,
+        ) = ctx.saved_tensors
+        scale, band_lo, band_hi, softcap, dropout_p = ctx.values
+        lo, hi, block_offsets, block_list, bit_tiles = mask
+        if dout is None:
+            dout = torch.zeros_like(out)
+        offsets_t = list_t = None
+        if block_list is not None:
+            n_q, n_k = ((t.shape[2] + 63) // 64 for t in (q, k))
+            offsets_t, list_t = _transpose(Bits(block_offsets, block_list, bit_tiles), n_q, n_k)
+        results = ops.backward(
+            *(dout, dlse, q, k, v, out, lse, scale, band_lo, band_hi, lo, hi, block_offsets, block_list),
+            *(
                 offsets_t,
                 list_t,
-                *(given[n] for n in _FWD[10:23]),
-                [needed[n] for n in _DIFFERENTIABLE],
-                False,
-            )
-            grads = {n: g for n, g in zip(_DIFFERENTIABLE, results) if needed[n]}
-        return tuple(grads.get(n) for n in _FWD)
+                bit_tiles,
+                bias,
+                slopes,
+                softcap,
+                dropout_p,
+                seed,
+                q_pos,
+                k_pos,
+                table,
+                lengths,
+            ),
+            *(k_scale, v_scale, sinks, list(needs), False),
+        )
+        return tuple(g if needed else None for g, needed in zip(results, needs))
 
-    return backward
+    return gradients
 
 
 class Ops:
@@ -125,7 +142,8 @@ class Ops:
         self.namespace = namespace
         self.fwd = getattr(torch.ops, namespace).attention_fwd.default
         self.bwd = getattr(torch.ops, namespace).attention_bwd.default
-        backward, fwd = _backward_of(self), self.fwd
+        fwd, gradients = self.fwd, _gradients_of(self)
+        backward = full(gradients, _POSITIONS, len(_FWD))
         torch.library.register_fake(f"{namespace}::attention_fwd")(_fake_fwd)
         torch.library.register_fake(f"{namespace}::attention_bwd")(_fake_bwd)
         torch.library.register_autograd(f"{namespace}::attention_fwd", backward, setup_context=_setup)
@@ -140,7 +158,7 @@ class Ops:
             setup_context = staticmethod(_setup)
 
         FunctorchAttention.backward = staticmethod(backward)
-        self.functorch, self.eager = FunctorchAttention.apply, eager(fwd, _setup, backward)
+        self.functorch, self.eager = FunctorchAttention.apply, eager(fwd, _setup, gradients, _POSITIONS)
 
     def backward(self, *arguments):
         """attention_bwd, by the shortest way that this context allows."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda_library, _library, _triton, reference  # noqa: F401  the op library has to be loaded first
-from .eager import eager
+from .eager import eager, full
 
 
 def _fake_softmax_fwd(x, dim, mask, bias, scale, causal, out_fp32):
@@ -99,10 +99,9 @@ def _sum_to(t: Tensor, shape: torch.Size) -> Tensor:
     return t.sum_to_size(shape) if t.shape != shape else t
 
 
-def _softmax_backward(ops, ctx, dy):
+def _softmax_gradients(ops, ctx, needs, dy):
     y, *rest = ctx.saved_tensors
     bias = rest[0] if rest else None
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[3]]
     dx = dbias = None
     if dy is not None:
         if torch.is_grad_enabled():  # a second derivative is asked for: torch differentiates the formula
@@ -112,13 +111,13 @@ def _softmax_backward(ops, ctx, dy):
         else:
             if ctx.dim == y.dim() - 1:
                 dy = as_rows(dy, 1)
-            dx, dbias = ops.softmax_bwd(dy, y, ctx.dim, bias, ctx.scale, ctx.x_dtype, needs)
+            dx, dbias = ops.softmax_bwd(dy, y, ctx.dim, bias, ctx.scale, ctx.x_dtype, list(needs))
             dx = dx if needs[0] else None
             dbias = _bias_rows_to_shape(dbias, bias, ctx.dim - y.dim() + bias.dim()) if needs[1] else None
-    return dx, None, None, dbias, None, None, None
+    return dx, dbias
 
 
-def _norm_by_formula(ctx, h, weight, bias, dy, dsum):
+def _norm_by_formula(ctx, needs, h, weight, bias, dy, dsum):
     """The gradients of h, weight and bias by torch, of the reference: for second derivatives."""
     row_dims, eps, offset, rms = ctx.options
     shape = h.shape[h.dim() - row_dims :]
@@ -128,25 +127,25 @@ def _norm_by_formula(ctx, h, weight, bias, dy, dsum):
         y = reference.rms_norm(h.float(), shape, weight, eps, weight_offset=offset)
     else:
         y = reference.layer_norm(h.float(), shape, weight, bias, eps, weight_offset=offset)
-    wanted = [t for t, need in zip(inputs, ctx.needs) if need]
+    wanted = [t for t, need in zip(inputs, needs) if need]
     grads = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, materialize_grads=True))
-    dh, dweight, dbias = (next(grads) if need else None for need in ctx.needs)
+    dh, dweight, dbias = (next(grads) if need else None for need in needs)
     if dsum is not None and dh is not None:
         dh = dh + dsum
     return dh, dweight, dbias
 
 
-def _norm_gradients(ops, ctx, h, stats, weight, bias, dy, dsum):
+def _gradients(ops, ctx, needs, h, stats, weight, bias, dy, dsum):
     if dy is None:
         return dsum, None, None
     if torch.is_grad_enabled():
-        return _norm_by_formula(ctx, h, weight, bias, dy, dsum)
+        return _norm_by_formula(ctx, needs, h, weight, bias, dy, dsum)
     row_dims, _, offset, rms = ctx.options
     dy = as_rows(dy, row_dims)
     dsum = None if dsum is None else as_rows(dsum, row_dims)
     bias_dtype = None if bias is None else bias.dtype
-    grads = ops.norm_bwd(dy, dsum, h, stats, row_dims, weight, bias_dtype, offset, rms, ctx.needs)
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs))
+    grads = ops.norm_bwd(dy, dsum, h, stats, row_dims, weight, bias_dtype, offset, rms, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs))
 
 
 def _save(ctx, h, stats, weight, bias, options):
@@ -168,11 +167,8 @@ def _norm_setup(ctx, inputs, output):
     _save(ctx, x, output[1], weight, bias, (row_dims, eps, offset, rms))
 
 
-def _norm_backward(ops, ctx, dy, _):
-    needs = ctx.needs_input_grad
-    ctx.needs = [needs[0], needs[2], needs[3]]
-    dx, dweight, dbias = _norm_gradients(ops, ctx, *_saved(ctx), dy, None)
-    return dx, None, dweight, dbias, None, None, None
+def _norm_gradients(ops, ctx, needs, dy, _):
+    return _gradients(ops, ctx, list(needs), *_saved(ctx), dy, None)
 
 
 def _add_norm_setup(ctx, inputs, output):
@@ -181,14 +177,13 @@ def _add_norm_setup(ctx, inputs, output):
     _save(ctx, output[1], output[2], weight, bias, (row_dims, eps, offset, rms))
 
 
-def _add_norm_backward(ops, ctx, dy, dsum, _):
-    needs = ctx.needs_input_grad
-    ctx.needs = [needs[0] or needs[1], needs[3], needs[4]]
-    dh, dweight, dbias = _norm_gradients(ops, ctx, *_saved(ctx), dy, dsum)
+def _add_norm_gradients(ops, ctx, needs, dy, dsum, _):
+    wanted = [needs[0] or needs[1], needs[2], needs[3]]
+    dh, dweight, dbias = _gradients(ops, ctx, wanted, *_saved(ctx), dy, dsum)
     dx, dresidual = (
         dh.to(dtype) if need and dh is not None else None for dtype, need in zip(ctx.dtypes, needs)
     )
-    return dx, dresidual, None, dweight, dbias, None, None, None, None
+    return dx, dresidual, dweight, dbias
 
 
 class RowOps:
@@ -204,14 +199,17 @@ class RowOps:
         for name, fake in _FAKES.items():
             torch.library.register_fake(f"{namespace}::{name}")(fake)
         self._eager = {}
-        for name, setup, backward in (
-            ("softmax_fwd", _softmax_setup, _softmax_backward),
-            ("norm_fwd", _norm_setup, _norm_backward),
-            ("add_norm_fwd", _add_norm_setup, _add_norm_backward),
+        for name, setup, gradients, inputs in (
+            ("softmax_fwd", _softmax_setup, _softmax_gradients, ("x", "bias")),
+            ("norm_fwd", _norm_setup, _norm_gradients, ("x", "weight", "bias")),
+            ("add_norm_fwd", _add_norm_setup, _add_norm_gradients, ("x", "residual", "weight", "bias")),
         ):
-            backward = functools.partial(backward, self)
+            op, gradients = getattr(self, name), functools.partial(gradients, self)
+            names = [argument.name for argument in op._schema.arguments]
+            positions = [names.index(input) for input in inputs]
+            backward = full(gradients, positions, len(names))
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
-            self._eager[name] = eager(getattr(self, name), setup, backward)
+            self._eager[name] = eager(op, setup, gradients, positions)
 
     def differentiable(self, name: str):
         """The forward of that name for a call that wants gradients, by the shortest way that the context allows."""

@@ -233,9 +233,9 @@ def lower(mask: Masklike, B: int, Hq: int, Hkv: int, Sq: int, Sk: int, device) -
         return mask.lowered
     if isinstance(mask, Tensor):
         return from_tensor(mask, B, Hq, Sq, Sk)
-    shape = Shape(B, Hq, Sq, Sk, device)
     if mask is None:
-        return _lowered(interval.EVERYTHING, None, shape)
+        return Lowered(B, Hq, Sq, Sk, device)
+    shape = Shape(B, Hq, Sq, Sk, device)
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a fastattn.masks mask, a tensor or None, got {type(mask).__name__}")
     mask._check(shape)
