@@ -8,7 +8,7 @@ TRITON ?= triton==3.9.0
 # Test processes; a fast test is mostly one thread.
 JOBS ?= 2
 
-.PHONY: demo test aot cuda-resources setup build-inplace lint format packaging clean gpu
+.PHONY: demo test test-models aot cuda-resources setup build-inplace lint format packaging clean gpu
 
 # A stamp a kind of setup: `make test` needs more packages than `make demo`.
 $(VENV)/.torch:
@@ -25,6 +25,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,demo,lint]"
+	$(BIN)/pip install --quiet --no-deps timm
 	touch $@
 
 demo: $(VENV)/.demo
@@ -34,6 +35,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Whole models, slow tests too, with the newest transformers and with the oldest that is supported.
+MODEL_TESTS = tests/models tests/test_swap.py tests/test_transformers.py tests/test_patch.py tests/test_patch_libraries.py \
+	tests/test_convert.py
+OLDEST ?= transformers==5.17.0
+
+test-models: $(VENV)/.test
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m pytest -n $(JOBS) -m "" $(MODEL_TESTS)
+	$(BIN)/pip install --quiet --upgrade --target $(VENV)/oldest "$(OLDEST)"
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) -m "" $(MODEL_TESTS)
 
 # Every Triton kernel compiled for five architectures, without a GPU: no spills, nothing over a limit, no regression.
 aot: $(VENV)/.test

@@ -19,6 +19,7 @@ from torch.overrides import has_torch_function
 
 from . import functional
 from .dispatch import choose
+from .integrations.own_calls import switches
 from .masks import Causal, CausalLowerRight, Mask
 from .problem import attention_problem
 
@@ -108,8 +109,10 @@ def _put(old: Callable, new: Callable) -> None:
 class SdpaPatch(contextlib.ContextDecorator):
     """What `sdpa_patch()` returns. calls: how many it served. passed_on: {reason: calls} left to torch."""
 
-    def __init__(self):
+    def __init__(self, model: torch.nn.Module | None = None):
         self._calls: Counter[str | None] = Counter()
+        self._model = model
+        self._switched: list[list[tuple[object, str, object]]] = []
 
     @property
     def calls(self) -> int:
@@ -129,10 +132,16 @@ class SdpaPatch(contextlib.ContextDecorator):
                 _fast_path = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
             _active.append(self)
+            wanted = [] if self._model is None else switches(self._model)
+            self._switched.append([(holder, name, getattr(holder, name)) for holder, name, _ in wanted])
+            for holder, name, value in wanted:
+                setattr(holder, name, value)
         return self
 
     def __exit__(self, *error) -> None:
         with _lock:
+            for holder, name, value in self._switched.pop():
+                setattr(holder, name, value)
             _active.remove(self)
             if not _active:
                 _search(_patched)  # of modules imported meanwhile
@@ -147,7 +156,9 @@ class SdpaPatch(contextlib.ContextDecorator):
     __repr__ = __str__
 
 
-def sdpa_patch(function: Callable | None = None) -> SdpaPatch | Callable:
+def sdpa_patch(
+    function: Callable | None = None, *, model: torch.nn.Module | None = None
+) -> SdpaPatch | Callable:
     """Serves `torch.nn.functional.scaled_dot_product_attention` by fastattn, as a context manager or decorator.
 
         with fastattn.sdpa_patch() as patch:
@@ -169,5 +180,14 @@ def sdpa_patch(function: Callable | None = None) -> SdpaPatch | Callable:
 
     Args:
         function: what to decorate, for use without parentheses.
+        model: one whose switches are set meanwhile so that it calls the function, and put back at the end: timm's
+            `fused_attn`, which some of its models leave off; of diffusers an attention backend other than "native"
+            and the processor that computes a formula.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
     """
-    return SdpaPatch() if function is None else SdpaPatch()(function)
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    patch = SdpaPatch(model)
+    return patch if function is None else patch(function)

@@ -129,6 +129,14 @@ def _candidates(module: nn.Module, input_name: str) -> Iterator[Norm]:
                 yield Norm(kind, eps_name, offset, input_name)
 
 
+def _mixed(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of a result; x's, where the module refuses the mix of dtypes, as torch's layer_norm does."""
+    try:
+        return module(x).dtype
+    except RuntimeError:
+        return x.dtype
+
+
 def _dtype_rules(module: nn.Module, x: Tensor) -> tuple[bool, bool] | None:
     """`follows_weight`; None where the module's dtypes follow neither x nor the weight."""
     half = copy.deepcopy(module).to(torch.bfloat16)
@@ -137,7 +145,7 @@ def _dtype_rules(module: nn.Module, x: Tensor) -> tuple[bool, bool] | None:
             return None
         if next(module.parameters(), None) is None:
             return False, False
-        narrow, wide = module(x.bfloat16()).dtype, half(x).dtype
+        narrow, wide = _mixed(module, x.bfloat16()), _mixed(half, x)
     if not {narrow, wide} <= {torch.bfloat16, torch.float32}:
         return None
     return narrow == torch.float32, wide == torch.bfloat16

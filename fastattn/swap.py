@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import nn as fused
 from . import rows
 from .dispatch import ROW_KERNELS, choose
+from .integrations.own_calls import own_call
 from .problem import DTYPES, name_of
 from .recognise import Norm, is_candidate, recognise
 from .row_problem import norm_problem
@@ -115,6 +116,10 @@ def _no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     return "no kernel: " + "; ".join(f"{name}: {reason}" for name, reason in choice.refusals)
 
 
+# Libraries whose subclasses of torch's norms have a forward of their own that only chooses among torch's functions.
+# They are judged by what they compute, like norms that are no subclasses.
+_PROBED = ("timm.layers.",)
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -149,6 +154,8 @@ def _torch_module(path: str, module: nn.Module, device: torch.device) -> _Found:
     """An instance of one of torch's classes."""
     original = next((c for c in REPLACEMENTS if isinstance(module, c)), None)
     if original is None:
+        return None
+    if type(module).forward is not original.forward and type(module).__module__.startswith(_PROBED):
         return None
     base, name = REPLACEMENTS[original], type(module).__name__
     if isinstance(module, base) and type(module).forward is base.forward:
@@ -199,7 +206,8 @@ def swap(model: nn.Module, dry_run: bool = False, pack: bool = False) -> SwapRep
     by the classes of their names in fastattn.nn; norms that model libraries define themselves, recognised by running a
     copy on a probe input; and the attention of transformers models, through transformers' attention and mask
     interfaces. A module that has hooks, quantised or tensor-subclass parameters or a forward of its own is left in
-    place and named in the report; so is everything in a model on the meta device. Calling it again changes nothing.
+    place and named in the report; so is everything in a model on the meta device, and a module that calls
+    F.scaled_dot_product_attention itself, which is for `sdpa_patch`. Calling it again changes nothing.
     Where an error occurs half-way, what was done is undone.
 
     Args:
@@ -244,6 +252,9 @@ def plan(
         own = next((p.device for p in module.parameters(recurse=False) if not p.is_meta), fallback)
         found = _torch_module(path, module, own) or _recognised_module(path, module, own, known)
         if found is None:
+            reason = own_call(module)
+            if reason is not None:
+                entries.append(Entry(path, type(module).__name__, reason=reason))
             continue
         entry, made = found
         if made is not None and meta:
@@ -256,7 +267,8 @@ def plan(
         from .integrations import models
 
         found_entries, switches = models.plan(model, meta, device)
-        entries += found_entries
+        known_by_now = {entry.path for entry in entries}
+        entries += [entry for entry in found_entries if entry.path not in known_by_now]
         if pack:
             found_entries, encoders = models.plan_packing(model, meta, device)
             entries += found_entries

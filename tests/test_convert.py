@@ -48,6 +48,36 @@ def test_equal_heads_are_merged_without_a_difference(wanted, bias):
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+FAMILIES = {
+    "Mistral": {},
+    "Qwen2": {},
+    "Qwen3": dict(head_dim=16),  # norms of queries and keys a head
+    "Gemma2": dict(head_dim=16, query_pre_attn_scalar=16),
+    "GptOss": dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1),  # sinks
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_others_of_llama_s_kind(family, tmp_path):
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
+        num_key_value_heads=4, initializer_range=0.3, **FAMILIES[family],
+    )  # fmt: skip
+    cls = getattr(transformers, f"{family}ForCausalLM")
+    model = cls(config).eval()
+    repeat_heads(model, 2)
+    expected = logits(model)
+    mha_to_gqa(model, 2)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    fastattn.swap(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    fastattn.restore(model)
+    model.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path).eval()
+    assert again.config.num_key_value_heads == 2
+    torch.testing.assert_close(logits(again), logits(model))
+
+
 def test_heads_are_means():
     model = llama()
     before = copy.deepcopy(model)

@@ -482,6 +482,44 @@ def test_a_hooked_attention_in_a_swapped_layer_is_still_called():
     assert called
 
 
+class Scaled(nn.Linear):
+    """A Linear whose weight is kept in int8."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.scale, self.bias = scale, linear.bias
+        self.weight = nn.Parameter(
+            (linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False
+        )
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_quantised_layers_in_a_swapped_one_are_called():
+    model, (arguments, masks) = transformer(), padded()
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        layer.linear1, layer.linear2 = Scaled(layer.linear1), Scaled(layer.linear2)
+        layer.self_attn.out_proj = Scaled(layer.self_attn.out_proj)
+    model.train()
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    plain = model.decoder.layers[0].linear1(torch.randn(2, 32))
+    assert plain.shape == (2, 48) and len(attention) == 6
+    report = fastattn.swap(model)
+    assert not report.left
+    ours = model(*arguments, **masks)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Scaled):
+                linear = nn.Linear(child.in_features, child.out_features)
+                linear.weight = nn.Parameter(child.weight * child.scale)
+                linear.bias = child.bias
+                setattr(module, name, linear)
+    fastattn.restore(model)
+    torch.testing.assert_close(ours, model(*arguments, **masks), rtol=1e-4, atol=1e-4)
+
+
 def test_subclasses_of_attention():
     model = nn.ModuleDict(
         {"plain": PlainAttention(8, 2), "own": OwnAttention(8, 2), "ours": fastattn.nn.LayerNorm(8)}

@@ -205,6 +205,38 @@ def test_measure_takes_variants_in_turn_and_turns_the_order():
     assert runner.ratio(timings["b"], timings["a"]) == (2.0, (2.0, 2.0))
 
 
+def test_measure_goes_on_for_what_is_undecided():
+    clock = Clock()
+    variants = {name: clock.variant(name, 1.0) for name in "abc"}
+    asked = []
+
+    def undecided(timings):
+        asked.append({name: len(t.samples) for name, t in timings.items()})
+        return {"a", "b"} if asked[-1]["a"] < 6 else set()
+
+    timings = runner.measure(
+        variants, budget=6.0, rounds=(2, 100), clock=clock, undecided=undecided, patience=9.0
+    )
+    assert [len(timings[name].samples) for name in "abc"] == [6, 6, 2] and len(asked) == 5
+    timings = runner.measure(
+        variants, budget=6.0, rounds=(2, 100), clock=clock, undecided=lambda t: {"a"}, patience=2.0
+    )
+    assert len(timings["a"].samples) == 8, "six seconds of three variants, six more of one"
+
+
+@pytest.mark.parametrize("middle, spread, near", [(0.97, 0.1, True), (1.05, 0.4, True), (1.05, 0.1, False)])
+def test_a_ratio_near_its_floor_is_undecided(middle, spread, near):
+    limit = workloads.Limit("torch", 1 / 1.02)
+    ours = [1.0] * 16
+    theirs = [middle + spread * (n - 7.5) / 15 for n in range(16)]
+    timings = {
+        name: runner.Timing(tuple(samples), 1.0, tuple(range(16)))
+        for name, samples in (("ours", ours), ("torch", theirs))
+    }
+    assert runner._near([limit], timings) == ({"ours", "torch"} if near else set())
+    assert runner._near([workloads.Limit("eager", 1.0)], timings) == set()
+
+
 def test_measure_separates_the_first_call_and_repeats_short_ones():
     clock = Clock()
     timings = runner.measure({"a": clock.variant("a", 3.0, 1e-5)}, budget=0.0, rounds=(2, 2), clock=clock)

@@ -96,7 +96,7 @@ MODELS: dict[str, Model] = {
     "distilbert-base": Model("DistilBertModel", "DistilBertConfig",
         dict(vocab_size=TOKENS, n_layers=2, dropout=0.0, attention_dropout=0.0)),
     "electra-small": Model("ElectraModel", "ElectraConfig", dict(_BERT, num_hidden_layers=4)),
-    "openai-gpt": Model("OpenAIGPTModel", "OpenAIGPTConfig", _GPT),
+    "openai-gpt": Model("OpenAIGPTModel", "OpenAIGPTConfig", dict(_GPT, n_layer=1)),
     "gpt2": Model("GPT2Model", "GPT2Config", _GPT, _text("left")),
     "llama-135m": Model("LlamaModel", "LlamaConfig",
         dict(_DECODER, hidden_size=576, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=9,

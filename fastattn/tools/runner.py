@@ -80,13 +80,16 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], None] = lambda: None,
     elapsed_by: Callable[[Callable[[], Any], int], float] | None = None,
+    undecided: Callable[[dict[str, Timing]], set[str]] = lambda timings: set(),
+    patience: float = 1.0,
 ) -> dict[str, Timing]:
     """Time variants in turn and return a Timing for each.
 
     budget is in seconds for all variants together, warm-up not counted; rounds is (fewest, most). The order
     turns round every other round, so that no variant always runs behind the same one. Where rounds are
     long, three do: for all once three budgets are spent, for a single slow rival once it has spent one.
-    elapsed_by(call, count) times that many calls by another clock than the host's, a GPU's.
+    elapsed_by(call, count) times that many calls by another clock than the host's, a GPU's. Then the variants that
+    undecided(timings so far) names take further rounds, until it names none or `patience` budgets are spent.
     """
 
     def by_clock(call, count):
@@ -108,16 +111,25 @@ def measure(
     taken: dict[str, list[int]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0.0)
     order = list(variants)
+
+    def timings():
+        return {name: Timing(tuple(samples[name]), first[name], tuple(taken[name])) for name in variants}
+
     collecting = gc.isenabled()
     gc.disable()
     try:
         begin = clock()
         for index in range(rounds[1]):
             elapsed = clock() - begin
+            further = None
             if elapsed >= budget and (index >= rounds[0] or (index >= 3 and elapsed >= 3 * budget)):
-                break
+                further = undecided(timings()) if elapsed < patience * budget else set()
+                if not further:
+                    break
             for name in order if index % 2 == 0 else reversed(order):
-                if spent[name] > budget and len(taken[name]) >= 3:
+                if further is not None and name not in further:
+                    continue
+                if further is None and spent[name] > budget and len(taken[name]) >= 3:
                     continue
                 count = repeats[name]
                 elapsed = elapsed_by(variants[name], count)
@@ -127,7 +139,7 @@ def measure(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(samples[name]), first[name], tuple(taken[name])) for name in variants}
+    return timings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +183,25 @@ def _disturbed(timing: Timing) -> bool:
     return high - low > 0.3 * timing.median or timing.median > 1.5 * min(timing.samples)
 
 
+# A floor of 2 % below 1 takes more rounds to tell than a time budget has of a whole model's.
+_PATIENCE = {"model": 12.0}
+
+
+def _near(limits: Iterable[Limit], timings: Mapping[str, Timing]) -> set[str]:
+    """The variants of limits whose ratio is as near to its floor as two standard errors of its median."""
+    near = set()
+    for limit in limits:
+        if limit.against not in timings or limit.of not in timings:
+            continue
+        middle, (low, high) = ratio(timings[limit.against], timings[limit.of])
+        rounds = len(timings[limit.of].samples)
+        # Of numbers spread as a normal distribution's; of a few rounds the quartiles say little themselves.
+        error = max(0.93 * (high - low), 0.1 if rounds < 8 else 0.0) / math.sqrt(rounds)
+        if abs(middle - limit.floor) < 2 * error:
+            near |= {limit.against, limit.of}
+    return near
+
+
 def _time_case(case: Case, ceilings: Ceilings, options: Options) -> dict[str, Any]:
     row, variants, absent, setup = case.row, dict(case.variants), {}, {}
     if options.rivals and row.rivals:
@@ -182,6 +213,8 @@ def _time_case(case: Case, ceilings: Ceilings, options: Options) -> dict[str, An
             budget=options.budget,
             synchronize=_synchronizer(options.device),
             elapsed_by=elapsed_on_gpu if options.device.startswith("cuda") else None,
+            undecided=lambda timings: _near(case.limits, timings),
+            patience=_PATIENCE.get(row.op, 1.0),
         )
     ours = timings["ours"]
     if row.ceiling:
