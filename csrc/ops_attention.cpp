@@ -11,29 +11,20 @@
 #include "attention_route.h"
 #include "cpu/targets/targets.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace fastattn {
 namespace {
-
-// An uninitialised CPU tensor; straight to the allocator, since a small call is mostly overhead.
-Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, const Tensor& like,
-             bool fp32) {
-  int32_t dtype = aoti_torch_dtype_float32();
-  if (!fp32) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.begin(),
-                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 
 // Keeps q's order of heads and rows, so that a model's own transpose after attention is free.
 Tensor output_like(const Tensor& q, const AttentionArgs& a, bool fp32) {
   const int64_t heads = std::max<int64_t>(a.Hq, 1), rows = std::max<int64_t>(a.Sq, 1);
   const int64_t width = std::max<int64_t>(a.Dv, 1), batch = heads * rows * width;
+  const ScalarType dtype = fp32 ? ScalarType::Float : q.scalar_type();
   if (a.q.head < a.q.row) {
-    return empty({a.B, a.Hq, a.Sq, a.Dv}, {batch, width, heads * width, 1}, q, fp32);
+    return new_tensor({a.B, a.Hq, a.Sq, a.Dv}, {batch, width, heads * width, 1}, dtype);
   }
-  return empty({a.B, a.Hq, a.Sq, a.Dv}, {batch, rows * width, width, 1}, q, fp32);
+  return new_tensor({a.B, a.Hq, a.Sq, a.Dv}, {batch, rows * width, width, 1}, dtype);
 }
 
 // The thread that finishes an item's last split merges them, in the order of the splits whoever it is.
@@ -84,7 +75,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                 k_pos,     block_table, kv_lengths,   k_scale, v_scale,   sinks});
   a.out_fp32 = out_fp32;
   Tensor out = output_like(q, a, out_fp32);
-  Tensor lse = empty({a.B, a.Hq, a.Sq}, {a.Hq * a.Sq, a.Sq, 1}, q, true);
+  Tensor lse = new_tensor({a.B, a.Hq, a.Sq}, {a.Hq * a.Sq, a.Sq, 1}, ScalarType::Float);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   run(a, out, storage_of(q, "q"));
   return {out, lse};

@@ -10,6 +10,7 @@
 #include "attention_call.h"
 #include "cpu/targets/targets.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace fastattn {
 namespace {
@@ -23,10 +24,15 @@ Tensor empty_like(const Tensor& x, bool needed, bool fp32) {
 
 // The same in the order of heads and rows of x [B, H, S, D].
 Tensor gradient_like(const Tensor& x, bool needed, bool fp32, Gradient* g) {
-  const bool rows_first = needed && x.stride(1) < x.stride(2);
-  Tensor t = empty_like(rows_first ? torch::stable::transpose(x, 1, 2) : x, needed, fp32);
-  if (rows_first) t = torch::stable::transpose(t, 1, 2);
-  if (needed) *g = {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+  if (!needed) return empty_like(x, false, fp32);
+  const auto at_least_1 = [&](int d) { return std::max<int64_t>(x.size(d), 1); };
+  const int64_t heads = at_least_1(1), rows = at_least_1(2), width = at_least_1(3),
+                batch = heads * rows * width;
+  const bool rows_first = x.stride(1) < x.stride(2);
+  *g = {nullptr, batch, rows_first ? width : rows * width, rows_first ? heads * width : width};
+  Tensor t =
+      new_tensor(x.sizes(), {g->batch, g->head, g->row, 1}, fp32 ? ScalarType::Float : x.scalar_type());
+  g->data = t.mutable_data_ptr();
   return t;
 }
 

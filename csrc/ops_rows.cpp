@@ -43,7 +43,6 @@ void run_softmax(const Tensor& x, int64_t dim, const OptionalTensor& mask, const
                      dim, dim + 1, causal);
   if (a.width == 0) return;
   a.rows_per_task = rows_per_task(a.width);
-  advise_large_pages(out);
   a.stream = is_large(out) && a.out.column == 1 && a.out.data != a.x.data;
   a.ahead = outgrows_caches(x);
   const RowKernels& table = kernels().rows;
@@ -94,8 +93,6 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   a.rows_per_task = rows_per_task(a.width);
   a.eps = o.eps, a.rms = o.rms, a.stats = stats;
   const auto apart = [&](const void* out) { return out != a.x.data && out != a.residual.data; };
-  advise_large_pages(y);
-  if (sum) advise_large_pages(*sum);
   a.ahead = outgrows_caches(x);
   a.stream = (is_large(y) || (sum && outgrow_last_cache({&x, residual, sum, &y}))) && apart(a.y.data) &&
              (!sum || apart(a.sum.data));

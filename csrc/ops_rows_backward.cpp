@@ -45,7 +45,6 @@ std::tuple<Tensor, Tensor> softmax_bwd(const Tensor& dy, const Tensor& y, int64_
   if (needs[0]) {
     a.dx = row_tensor(dx, "dx");
     a.dx.column = a.width > 1 ? dx.stride(dim) : 1;
-    advise_large_pages(dx);
     a.stream = is_large(dx) && !a.gathers();
   } else {
     a.dx.storage = storage_of(dx, "dx");
@@ -73,7 +72,6 @@ std::tuple<Tensor, Tensor> softmax_bwd(const Tensor& dy, const Tensor& y, int64_
     if (a.parts > 1 || bias->scalar_type() != ScalarType::Float) {
       parts = new_tensor({tasks, a.width}, ScalarType::Float);
     }
-    advise_large_pages(parts);
     a.dbias = static_cast<float*>(parts.mutable_data_ptr());
   } else {
     a.rows_per_task = rows_per_task(a.width);
@@ -106,7 +104,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, OptionalTensor dsu
   Tensor dx = needs[0] ? new_tensor(h.sizes(), h.scalar_type()) : nothing(h.scalar_type());
   if (needs[0]) {
     a.dx = norm_tensor(dx, row_dims, "dx");
-    advise_large_pages(dx);
     a.stream = is_large(dx);
   }
   const std::vector<int64_t> row_sizes(h.sizes().begin() + (h.dim() - row_dims), h.sizes().end());

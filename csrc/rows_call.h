@@ -1,14 +1,13 @@
 // From tensors to the arguments of the row kernels.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <initializer_list>
 #include <vector>
 
 #include "bind.h"
 #include "cpu/rows_args.h"
+#include "results.h"
 
 namespace fastattn {
 
@@ -78,21 +77,6 @@ inline RowTensor row_tensor(const Tensor& t, const char* name) {
   return {const_cast<void*>(t.const_data_ptr()), storage_of(t, name), {}, 1};
 }
 
-// An uninitialised contiguous tensor on the CPU, without the dispatcher's six microseconds.
-inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // Whether what an operation reads and writes outgrows the last cache together: written past it, two outputs
 // cost half of what they do when each line is read first (4096 x 768 fp32 sums and norms: 370 ns a row, not
 // 580).
@@ -104,20 +88,6 @@ inline bool outgrow_last_cache(std::initializer_list<const Tensor*> tensors) {
 
 // Whether a tensor outgrows the second-level caches, so that its lines are worth asking for ahead.
 inline bool outgrows_caches(const Tensor& t) { return bytes_of(t) >= int64_t(1) << 20; }
-
-// Memory that was never touched costs a page fault every 4 KB, which is more than the arithmetic of a row
-// kernel (two outputs of 16 MB in a training step: 8161 faults, four times the rest); large pages cost one in
-// 512 of them. malloc gives memory of this size back to the system when it is freed, so it is untouched more
-// often than not. A hint only, of no effect on what was touched before.
-inline void advise_large_pages([[maybe_unused]] const Tensor& out) {
-#ifdef MADV_HUGEPAGE
-  if (bytes_of(out) < int64_t(4) << 20) return;
-  const uintptr_t data = uintptr_t(out.mutable_data_ptr()), page = 4096;
-  const uintptr_t end = (data + out.numel() * out.element_size()) / page * page;
-  const uintptr_t begin = (data + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // A weight as the kernels want it, float with its offset; null where it is absent.
 class Weight {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ def _load() -> None:
             f"fastattn is not built: {_OPS} is missing. `pip install .`, or `make build-inplace`."
         )
     _info.isa()  # a FASTATTN_ISA that names nothing this machine runs fails here, with what it may be
+    keep = os.environ.get("FASTATTN_KEEP_MB", "0")
+    if not keep.isdecimal():
+        raise ImportError(f"FASTATTN_KEEP_MB must be a whole number of megabytes, 0 or more, got {keep!r}")
     try:
         torch.ops.load_library(str(_OPS))
     except OSError as error:

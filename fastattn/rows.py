@@ -23,6 +23,8 @@ __all__ = ["add_layer_norm", "add_rms_norm", "explain", "layer_norm", "rms_norm"
 
 # The plain calls below are the CPU's.
 _softmax_out, _norm_out = OPS["cpu"].softmax_out, OPS["cpu"].norm_out
+# Results from this size on are blocks that are used again; see csrc/results.h.
+_new_result, _SMALLEST_BLOCK = torch.ops.fastattn._new_result.default, 1 << 20
 
 
 def softmax(
@@ -360,8 +362,10 @@ def _is_plain_norm(
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Contiguous, whatever x's strides."""
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Contiguous, whatever x's strides; x is a plain tensor of the CPU."""
+    if x.nbytes >= _SMALLEST_BLOCK:
+        return _new_result(x.shape, x.dtype)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
 
 
 def _functional(p: RowProblem) -> bool:
@@ -371,6 +375,8 @@ def _functional(p: RowProblem) -> bool:
 
 
 def _new(p: RowProblem, dtype: torch.dtype) -> Tensor:
+    if type(p.x) is Tensor and p.x.is_cpu and p.x.numel() * dtype.itemsize >= _SMALLEST_BLOCK:
+        return _new_result(p.x.shape, dtype)
     return torch.empty(p.x.shape, dtype=dtype, device=p.x.device)
 
 

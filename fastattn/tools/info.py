@@ -120,6 +120,7 @@ def _torch() -> dict[str, Any]:
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
         "inter-op threads": torch.get_num_interop_threads(),
+        "memory kept for results": f"up to {torch.ops.fastattn._result_memory()[2] >> 20} MB (FASTATTN_KEEP_MB)",
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "parallel backend": _parallel_backend(),
         "CUDA": torch.version.cuda,
