@@ -284,7 +284,7 @@ def test_gradient_checkpointing(name, reentrant):
 COMPILED = {"bert", "mistral"}
 
 
-def compiled(name, x):
+def compiled(name, x, backend="aot_eager"):
     """The results of a swapped model that was compiled whole, and those in eager attention."""
     model = zoo.make(name)
     if getattr(model, "loss_type", "") is None:
@@ -294,7 +294,7 @@ def compiled(name, x):
     eager = run(model, x)
     fastattn.swap(model)
     torch._dynamo.reset()
-    ours = run(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    ours = run(torch.compile(model, fullgraph=True, backend=backend), x)
     return {n.removeprefix("_orig_mod."): t for n, t in ours.items()}, eager
 
 
@@ -316,6 +316,12 @@ def test_compiled_whole(name, padding):
 @pytest.mark.parametrize("name", [n for n in ATTENDING if n not in DECODERS_AND_ENCODERS])
 def test_other_models_compiled_whole(name):
     assert_close(*compiled(name, zoo.inputs(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "mistral"])
+def test_compiled_by_inductor(name):
+    assert_close(*compiled(name, zoo.inputs(name), "inductor"))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "gpt-oss"])
