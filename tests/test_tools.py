@@ -344,6 +344,16 @@ def test_a_missed_floor_is_told(fake_bench):
     assert report.missed(bench) == [f"cpu-forward {strict.name} (1 thread): 3.00 over torch, floor 3.50"]
 
 
+def test_a_floor_can_be_a_share_of_the_ceiling(fake_bench):
+    shares = (0.5 * ROW.work / 1e9, 2 * ROW.work / 1e9)  # ours takes 1 ms, the ceiling is 1e12
+    limits = tuple(workloads.Limit(workloads.CEILING, share) for share in shares)
+    row = fake_bench([dataclasses.replace(ROW, limits=limits)])["rows"][0]
+    assert [limit["met"] for limit in row["limits"]] == [True, False]
+    assert row["limits"][0]["ratio"] == row["share"]
+    gpu = [row for suite in ("gpu-decode", "gpu-rows") for row in workloads.select(suite) if row.limits]
+    assert {(row.suite, row.limits[0].floor) for row in gpu} == {("gpu-decode", 0.8), ("gpu-rows", 0.9)}
+
+
 def test_benches_are_saved_loaded_and_refused(fake_bench, tmp_path):
     bench = fake_bench([ROW])
     runner.save(bench, tmp_path / "a.json")

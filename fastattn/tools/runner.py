@@ -24,7 +24,7 @@ from . import rivals
 from .cases import Case, NotAvailable, build
 from .ceilings import Ceilings
 from .machine import machine
-from .workloads import Limit, Workload
+from .workloads import CEILING, Limit, Workload
 
 SCHEMA = 1
 
@@ -244,7 +244,11 @@ def _add_share(result: dict[str, Any], row: Workload, ceilings: Ceilings) -> Non
     """Fill in the share once the pass is over: the ceiling is the best of all its measurements."""
     if "rate" in result:
         peak = ceilings.rate(*_bound(row)) if row.ceiling else None
-        result |= {"ceiling_rate": peak, "share": result["rate"] / peak if peak else None}
+        share = result["rate"] / peak if peak else None
+        result |= {"ceiling_rate": peak, "share": share}
+        for limit in result["limits"]:
+            if limit["against"] == CEILING and share is not None:
+                limit |= {"ratio": share, "met": share >= limit["floor"]}
 
 
 def _times(timing: Timing, work: float) -> dict[str, Any]:

@@ -67,10 +67,13 @@ class ModelShape:
         return self.model
 
 
+CEILING = "the ceiling"
+
+
 @dataclasses.dataclass(frozen=True)
 class Limit:
     """A promise about one row: the variant `against` takes at least `floor` times as long as the variant
-    `of`."""
+    `of`; against CEILING, ours reaches that share of the ceiling measured in the same run."""
 
     against: str
     floor: float

@@ -1,5 +1,5 @@
 """The rows measured on a GPU. Floors are those of an H200 in bfloat16: shares of the best of torch's SDPA backends,
-multiples of compiled flex_attention, and, in the JSON's `share`, of the copy rate measured in the same run.
+multiples of compiled flex_attention, and shares of the copy rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from .families import AttentionShape
-from .workloads import Limit, RowShape, Workload, default_spelling
+from .workloads import CEILING, Limit, RowShape, Workload, default_spelling
 
 SDPA = ("sdpa cudnn", "sdpa flash", "sdpa efficient")
 # Tokens a call, whatever the length: enough programs to fill the chip.
@@ -65,7 +65,7 @@ def masks() -> Iterator[Workload]:
 
 
 def decode() -> Iterator[Workload]:
-    """One query row over a long cache: the share of the memory rate is the measure."""
+    """One query row over a long cache: memory bounds it."""
     for batch, length, size in ((32, 8192, 128), (8, 32768, 128), (1, 131072, 128), (32, 8192, 64)):
         shape = AttentionShape(batch, 32, 1, size, hkv=8, sk=length)
         yield Workload(
@@ -76,6 +76,7 @@ def decode() -> Iterator[Workload]:
             "none",
             "flag",
             ("decode",),
+            limits=(Limit(CEILING, 0.8),),
             quick=length == 8192,
             beside=SDPA,
         )
@@ -87,5 +88,6 @@ def rows() -> Iterator[Workload]:
         for width in (1024, 4096, 16384, 32768, 65536, 131072, 262144):
             for training in (False, True):
                 shape = RowShape((1 << 27) // width, width)
-                row = Workload("gpu-rows", op, "bf16", shape, training=training, beside=("liger", "quack"))
-                yield dataclasses.replace(row, quick=width in (4096, 65536))
+                limits = (Limit(CEILING, 0.9),) if width >= 4096 else ()
+                row = Workload("gpu-rows", op, "bf16", shape, training=training, limits=limits)
+                yield dataclasses.replace(row, quick=width in (4096, 65536), beside=("liger", "quack"))
