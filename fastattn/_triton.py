@@ -19,6 +19,8 @@ from . import _library  # noqa: F401  the schemas are those of the CPU library's
 
 NAMESPACE = "fastattn_triton"
 OLDEST = (3, 6)
+# Of the attention kernels, where an older one fails to compile them.
+OLDEST_FOR_ATTENTION = {"sm_100": (3, 9)}
 # Fragments: the rows and the attention define their ops each.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -87,7 +89,7 @@ def unusable_attention(device: torch.device) -> str | None:
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
-    if torch.cuda.get_device_capability(device)[0] == 10 and version < (3, 9):
+    if torch.cuda.get_device_capability(device)[0] == 10 and version < OLDEST_FOR_ATTENTION["sm_100"]:
         return f"triton is {triton.__version__}; 3.6 fails to compile the attention kernels for sm_100, 3.9 does not"
     return None
 
@@ -121,5 +123,5 @@ def explain_attention(p, lowered) -> str:
         or p.bias is not None
         or lowered.bias is not None
     )
-    text = module("attention").explain(p.q, p.k, p.v, lowered.has_bits, by_head, bool(terms))
+    text = module("attention_plan").explain(p.q, p.k, p.v, lowered.has_bits, by_head, bool(terms))
     return text + (", in the interpreter" if interpreted() else "")

@@ -29,6 +29,7 @@ class AotCase:
         of even sizes). Triton specialises on it: it is what lets an access be 16 bytes wide.
     tensor_cores: a matrix instruction has to be in the code.
     targets: those that launch this row; where the launch differs by architecture there is a case for each.
+    oldest: the first Triton that compiles it; dispatch refuses an older one.
     """
 
     name: str
@@ -40,3 +41,4 @@ class AotCase:
     divisible_by_16: tuple[str, ...] = ()
     tensor_cores: bool = False
     targets: tuple[str, ...] = TARGETS
+    oldest: tuple[int, int] = (3, 6)

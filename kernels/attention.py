@@ -11,7 +11,9 @@ the block sees may hold anything: where a NaN came out, the program runs once mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -19,7 +21,8 @@ import triton.language as tl
 
 from .. import _triton
 from ..ops import output_like
-from . import decode, launch
+from . import decode, launch, tune
+from .aot_case import TARGETS, AotCase
 from .attention_call import (
     clamp_band,
     columns_adjacent,
@@ -29,8 +32,9 @@ from .attention_call import (
     refuse_caches,
     strides_of,
 )
+from .attention_plan import plan
 from .mask import GRANULE, bits_of, blocks, edge, extent, find, row_bounds, within
-from .online_softmax import update
+from .online_softmax import LN2, LOG2E, update
 from .philox import dropout_keep
 from .score import finish_scores
 from .tiles import load_part, store_part, store_rows
@@ -45,9 +49,14 @@ def scores(b_q0, b_q1, p_k, k_row, first, o_k, m_k, D0: tl.constexpr, D1: tl.con
     if CHUNK > 0:
         p_q, o_q, m_i = b_q0
         b_s = tl.zeros([o_q.shape[0], o_k.shape[0]], tl.float32)
-        for c in tl.static_range(0, D0 + D1, CHUNK):
-            b_q = load_part(p_q, o_q, 1, m_i, c, CHUNK, D, True)
-            b_k = load_part(p_k, o_k, k_row, m_k, c, CHUNK, D, BOUNDED)
+        WHOLE: tl.constexpr = D // CHUNK * CHUNK
+        for c in tl.range(0, WHOLE, CHUNK, num_stages=1):
+            b_q = load_part(p_q + c, o_q, 1, m_i, 0, CHUNK, CHUNK, True)
+            b_k = load_part(p_k + c, o_k, k_row, m_k, 0, CHUNK, CHUNK, BOUNDED)
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
+        if WHOLE < D:
+            b_q = load_part(p_q, o_q, 1, m_i, WHOLE, CHUNK, D, True)
+            b_k = load_part(p_k, o_k, k_row, m_k, WHOLE, CHUNK, D, BOUNDED)
             b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
     else:
         b_k = load_part(p_k, o_k, k_row, m_k, 0, D0, D, BOUNDED)
@@ -96,30 +105,31 @@ def score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN: tl.conste
     o_k = tl.arange(0, N)
     o_n = first + o_k
     m_n = o_n < Sk
+    q_pos, p_bias, slope, m_i = rows
+    scale, softcap, bias_key, k_pos, k_pos_key = terms
+    b_bias = None
+    if p_bias is not None:
+        # Ahead of the product: of two layouts Triton gives the softmax that of the last, which has to be the product's.
+        p = p_bias[:, None] + o_n.to(tl.int64)[None, :] * bias_key
+        b_bias = tl.load(p, mask=m_i[:, None] & m_n[None, :], other=0.0)
     b_s = scores(b_q0, b_q1, p_k, k_row, first, o_k, m_n, D0, D1, D, BOUNDED, CHUNK, PRECISION)
     if not PLAIN:
-        q_pos, p_bias, slope, m_i = rows
-        scale, softcap, bias_key, k_pos, k_pos_key = terms
-        b_bias = None
-        if p_bias is not None:
-            p = p_bias[:, None] + o_n.to(tl.int64)[None, :] * bias_key
-            b_bias = tl.load(p, mask=m_i[:, None] & m_n[None, :], other=0.0)
         j = o_n
         if slope is not None:
             j = key_positions(k_pos, k_pos_key, o_n, m_n)
-        b_s, _ = finish_scores(b_s, scale, softcap, b_bias, slope, q_pos, j, HAS_SOFTCAP)
+        b_s = finish_scores(b_s, scale, softcap, b_bias, slope, q_pos, j, HAS_SOFTCAP)
     return b_s
 
 
 @triton.jit
 def weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos, k_pos_key, seed, threshold,
-          DV0: tl.constexpr, DV1: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, BOUNDED: tl.constexpr,
-          EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          PLAIN: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
+          BOUNDED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The masked scores of one block into the state of the softmax and the sums of values."""
     o_k = tl.arange(0, N)
     o_n = first + o_k
     m_n = o_n < Sk
-    m, l, b_p, alpha = update(m, l, b_s, factor)
+    m, l, b_p, alpha = update(m, l, b_s, factor, PLAIN)
     acc0 = acc0 * alpha[:, None]
     if DV1 > 0:
         acc1 = acc1 * alpha[:, None]
@@ -130,7 +140,9 @@ def weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_p
         j = None
         if k_pos is not None:
             j = key_positions(k_pos, k_pos_key, o_n, m_n)
-        b_p = tl.where(dropout_keep(seed, threshold, b, h, q_pos, first, j, N), b_p, 0.0)
+        # Read here and not ahead of the loop, where the keys of all rounds would be made and kept in 20 registers.
+        b_seed = tl.load(seed, volatile=True)
+        b_p = tl.where(dropout_keep(b_seed, threshold, b, h, q_pos, first, j, N), b_p, 0.0)
     acc0, acc1 = add_values(
         acc0, acc1, b_p, p_v, v_row, first, o_k, m_n, m_keys, DV0, DV1, DV, BOUNDED, EXACT, PRECISION
     )
@@ -144,8 +156,8 @@ def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, row
            HAS_RANGES: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The state (m, l, acc0, acc1) of M rows after all that they see, keys [b_lo, b_hi) of [0, Sk).
 
-    entries: (list pointer, first entry, end, tile pointer) or the list pointer None. dropout: (b, h [M], seed or
-    None, threshold). rows, terms: as in `score_block`. factor: of the scores, where PLAIN.
+    entries: (list pointer, first entry, end, tile pointer) or the list pointer None. dropout: (b, h [M], pointer
+    of the seed or None, threshold). rows, terms: as in `score_block`. factor: of the scores, where PLAIN.
     """
     q_pos, _, _, m_i = rows
     _, _, _, k_pos, k_pos_key = terms
@@ -174,7 +186,8 @@ def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, row
                 )
                 b_s = tl.where(m_seen, b_s, float("-inf"))
             m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
-                                     k_pos_key, seed, threshold, DV0, DV1, DV, N, True, EXACT, PRECISION)  # fmt: skip
+                                     k_pos_key, seed, threshold, PLAIN, DV0, DV1, DV, N, True, EXACT,
+                                     PRECISION)  # fmt: skip
     else:
         start, full, full_end, end = blocks(seen_lo, seen_hi, all_lo, all_hi, N)
         if EXACT:  # rare, so one loop serves, without a pipeline's registers
@@ -185,7 +198,7 @@ def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, row
                 b_s = score_block(b_q0, b_q1, p_k, k_row, first, Sk, rows, terms, PLAIN, HAS_SOFTCAP, D0, D1, D, N,
                                   False, CHUNK, PRECISION)  # fmt: skip
                 m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
-                                         k_pos_key, seed, threshold, DV0, DV1, DV, N, False, False,
+                                         k_pos_key, seed, threshold, PLAIN, DV0, DV1, DV, N, False, False,
                                          PRECISION)  # fmt: skip
         for t in tl.range(0, full - start + end - full_end, num_stages=1 if EXACT else None):
             first = edge(t, start, full, full_end) * N
@@ -193,7 +206,8 @@ def attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi, entries, row
                               True, CHUNK, PRECISION)  # fmt: skip
             b_s = tl.where(within(b_lo, b_hi, first + tl.arange(0, N)), b_s, float("-inf"))
             m, l, acc0, acc1 = weigh(m, l, acc0, acc1, b_s, factor, p_v, v_row, first, Sk, b, h, q_pos, k_pos,
-                                     k_pos_key, seed, threshold, DV0, DV1, DV, N, True, EXACT, PRECISION)  # fmt: skip
+                                     k_pos_key, seed, threshold, PLAIN, DV0, DV1, DV, N, True, EXACT,
+                                     PRECISION)  # fmt: skip
     return m, l, acc0, acc1
 
 
@@ -274,7 +288,7 @@ def attend_rows(start, i_b, i_h, split, part, tensors, strides, shape, ranges, b
     if SPLIT > 0:
         first = split * SPLIT
         end = tl.minimum(first + SPLIT, Sk)
-    p_lo, p_hi, p_bias, slope, sink, p_k_pos, b_seed = None, None, None, None, None, None, None
+    p_lo, p_hi, p_bias, slope, sink, p_k_pos = None, None, None, None, None, None
     if lo is not None:
         p_lo = lo + b64 * lo_batch + h64 * lo_head
     if hi is not None:
@@ -297,14 +311,13 @@ def attend_rows(start, i_b, i_h, split, part, tensors, strides, shape, ranges, b
         b_q_pos = tl.load(q_pos + b64 * q_pos_batch + i64 * q_pos_row, mask=m_i, other=0)
     if k_pos is not None:
         p_k_pos = k_pos + b64 * k_pos_batch
-    if seed is not None:
-        b_seed = tl.load(seed)
 
-    factor = scale * 1.4426950408889634 if PLAIN else 1.0
+    factor = scale * LOG2E
+    unit = LN2 if PLAIN else 1.0
     m, l, acc0, acc1 = attend(b_q0, b_q1, p_k, k_row, p_v, v_row, Sk, o_i, b_lo, b_hi,
                               (block_list, entry, entry_end, bit_tiles), (b_q_pos, p_bias, slope, m_i),
                               (scale, softcap, bias_key, p_k_pos, k_pos_key), factor,
-                              (i_b, o_h, b_seed, threshold), M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP,
+                              (i_b, o_h, seed, threshold), M, N, D0, D1, D, DV0, DV1, DV, PLAIN, HAS_SOFTCAP,
                               HAS_RANGES, EXACT, CHUNK, PRECISION)  # fmt: skip
     if SPLIT > 0:
         o_part = (part + tl.arange(0, M)) * (DV + 2)
@@ -319,7 +332,7 @@ def attend_rows(start, i_b, i_h, split, part, tensors, strides, shape, ranges, b
             sink = tl.load(sinks + o_h, mask=m_i, other=0.0)
         o_out = (b64 * out_batch + h64 * out_head + i64 * out_row) * ALIGN
         o_lse = (b64 * Hq + h64) * Sq + i64
-        store_rows(acc0, acc1, m, l, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0, DV1, DV)
+        store_rows(acc0, acc1, m, l, unit, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0, DV1, DV)
     wrong = has_nan(acc0)
     if DV1 > 0:
         wrong = wrong | has_nan(acc1)
@@ -409,44 +422,6 @@ def attention_kernel(
                         HAS_RANGES, True, CHUNK, PRECISION)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a call is cut: the tile, whether a group's heads are packed into rows, and in how many splits of keys."""
-
-    tile: launch.AttentionLaunch
-    packed: bool
-    rows: int
-    splits: int
-
-
-def plan(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool, terms: bool
-) -> Plan:
-    Hq, Sq, D = q.shape[1:]
-    Hkv, Sk = k.shape[1:3]
-    group = Hq // Hkv if Hkv else 1
-    packed = group > 1 and Sq < launch.DECODE_ROWS and not bits_by_head
-    rows = Sq * group if packed else Sq
-    width = max(sum(launch.parts(D)), sum(launch.parts(v.shape[3])))
-    tile = launch.attention(launch.architecture(q.device), q.element_size(), width, rows, bits, terms)
-    split = rows <= launch.DECODE_ROWS and Sk > launch.DECODE_SPLIT
-    return Plan(tile, packed, rows, -(-Sk // launch.DECODE_SPLIT) if split else 1)
-
-
-def explain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: bool, bits_by_head: bool, terms: bool
-) -> str:
-    """The row of the launch table, for people."""
-    p = plan(q, k, v, bits, bits_by_head, terms)
-    tile = p.tile
-    text = f"attention, {tile.M} x {tile.N} tiles, {tile.num_warps} warps, {tile.num_stages} stages"
-    if p.packed:
-        text += f", {q.shape[1] // k.shape[1]} heads packed into {p.rows} rows"
-    if p.splits > 1:
-        text += f", {p.splits} splits of {launch.DECODE_SPLIT} keys"
-    return text
-
-
 def attention_fwd(
     q, k, v, scale, band_lo, band_hi, lo, hi, block_offsets, block_list, bit_tiles, bias, alibi_slopes, softcap,
     dropout_p, dropout_seed, q_pos, k_pos, block_table, kv_lengths, k_scale, v_scale, sinks, out_fp32,
@@ -471,16 +446,36 @@ def attention_fwd(
         )  # fmt: skip
         return out if out_fp32 else out.to(q.dtype), lse
 
+    q, k, v = (columns_adjacent(t) for t in (q, k, v))
+    out = output_like(q, v.shape[3], torch.float32 if out_fp32 else q.dtype)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    terms = bool(softcap or dropout_p) or bias is not None or alibi_slopes is not None
+    bits = block_offsets is not None
+    p = plan(q, k, v, bits, bits and block_offsets.shape[1] > 1, terms)
+
+    def run(tile: launch.AttentionLaunch) -> None:
+        forward(
+            replace(p, tile=tile), q, k, v, out, lse, scale, (band_lo, band_hi, lo, hi),
+            (block_offsets, block_list, bit_tiles), bias, alibi_slopes, softcap, dropout_p, dropout_seed, q_pos, k_pos,
+            sinks,
+        )  # fmt: skip
+
+    tile = p.tile
+    if p.candidates:
+        tile = tune.best(p.kind, p.candidates, run, q.device)
+    run(tile)
+    return out, lse
+
+
+def forward(p, q, k, v, out, lse, scale, ranges, bits, bias, alibi_slopes, softcap, dropout_p, dropout_seed, q_pos,
+            k_pos, sinks) -> None:  # fmt: skip
+    """out and lse by the kernels that a Plan names; ranges: band_lo, band_hi, lo, hi; bits: the three tensors."""
     B, Hq, Sq, D = q.shape
     Hkv, Sk, DV = k.shape[1], k.shape[2], v.shape[3]
-    q, k, v = (columns_adjacent(t) for t in (q, k, v))
-    out = output_like(q, DV, torch.float32 if out_fp32 else q.dtype)
-    lse = q.new_empty((B, Hq, Sq), dtype=torch.float32)
-    if B * Hq * Sq == 0:
-        return out, lse
-    bits = block_offsets is not None
-    terms = bool(softcap or dropout_p) or bias is not None or alibi_slopes is not None
-    p = plan(q, k, v, bits, bits and block_offsets.shape[1] > 1, terms)
+    band_lo, band_hi, lo, hi = ranges
+    block_offsets, block_list, bit_tiles = bits
     tile, group = p.tile, Hq // Hkv
     heads = Hkv if p.packed else Hq
     n_blocks, planes = -(-p.rows // tile.M), B * heads
@@ -491,9 +486,11 @@ def attention_fwd(
     cache = Sk * (D + DV) * k.element_size() // (1 if p.packed else group)
     section = max(1, min(planes, launch.SECTION_BYTES // max(cache, 1)))
     threshold, keep_scale = dropout_scalars(dropout_p)
-    ranges = not (band_lo is band_hi is lo is hi is None)
+    has_ranges = not (band_lo is band_hi is lo is hi is None)
+    # The softmax scales the scores where nothing comes between; a factor of 0 or less would turn its maximum round.
+    plain = scale > 0 and not softcap and bias is None and alibi_slopes is None
     D0, D1 = launch.parts(D)
-    DV0, DV1 = launch.parts(DV)
+    DV0, DV1 = launch.value_parts(DV, tile)
     cells = (B, Hq, Sq)
     unit, strides = in_units(q, k, v, out)
     attention_kernel[(planes * n_blocks * p.splits,)](
@@ -508,13 +505,69 @@ def attention_fwd(
         q_pos, *strides_of(q_pos, (B, Sq)), k_pos, *strides_of(k_pos, (B, Sk)),
         D=D, D0=D0, D1=D1, DV=DV, DV0=DV0, DV1=DV1, M=tile.M, N=tile.N,
         SPLIT=launch.DECODE_SPLIT if split else 0, PACKED=p.packed,
-        ALIGN=unit,
-        PLAIN=bool(scale > 0 and not softcap and bias is None and alibi_slopes is None),
-        HAS_SOFTCAP=bool(softcap), HAS_RANGES=ranges,
-        DESCENDING=ranges and (band_hi is not None or band_lo is None) or bits,
+        ALIGN=unit, PLAIN=plain, HAS_SOFTCAP=bool(softcap), HAS_RANGES=has_ranges,
+        DESCENDING=has_ranges and (band_hi is not None or band_lo is None) or block_offsets is not None,
         CHUNK=tile.chunk, PRECISION=precision() if q.dtype == torch.float32 else None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
-        decode.merge(partials, out, lse, sinks, keep_scale, p, n_blocks, heads, group)
-    return out, lse
+        of_m = math.log(2) if plain else 1.0
+        decode.merge(partials, out, lse, sinks, keep_scale, of_m, p, n_blocks, heads, group)
+
+
+def _case(name: str, arch: str, dtype: str, D: int, DV: int = 0, *, ranges=False, bits=False, terms=False,
+          positions=False, rows=4096, packed=False, splits=1, tile=None) -> AotCase:  # fmt: skip
+    """terms: bias, ALiBi, softcap, dropout and sinks, together; positions: of rows and keys, as tensors."""
+    DV = DV or D
+    itemsize = 4 if dtype == "fp32" else 2
+    width = max(sum(launch.parts(D)), sum(launch.parts(DV)))
+    tile = tile or launch.attention(arch, itemsize, width, rows, bits, terms, packed)
+    (D0, D1), (DV0, DV1) = launch.parts(D), launch.value_parts(DV, tile)
+    constexprs = dict(
+        D=D, D0=D0, D1=D1, DV=DV, DV0=DV0, DV1=DV1, M=tile.M, N=tile.N,
+        SPLIT=launch.DECODE_SPLIT if splits > 1 else 0, PACKED=packed, ALIGN=16 // itemsize, PLAIN=not terms,
+        HAS_SOFTCAP=terms, HAS_RANGES=ranges, DESCENDING=ranges or bits,
+        CHUNK=tile.chunk, PRECISION="ieee" if itemsize == 4 else None,
+    )  # fmt: skip
+    pointers = dict(q=dtype, k=dtype, v=dtype, out=dtype, lse="fp32")
+    for given, kinds in (
+        (splits > 1, {"partials": "fp32"}),
+        (ranges, {"lo": "i32", "hi": "i32"}),
+        (bits, {"block_offsets": "i32", "block_list": "i32", "bit_tiles": "i64"}),
+        (terms, {"bias": dtype, "alibi": "fp32", "sinks": "fp32", "seed": "i64"}),
+        (positions, {"q_pos": "i32", "k_pos": "i32"}),
+    ):
+        if given:
+            pointers |= kinds
+        else:
+            constexprs |= dict.fromkeys(kinds)
+    signature = {n: f"*{kind}" for n, kind in pointers.items()}
+    signature |= dict.fromkeys(("scale", "softcap", "keep_scale"), "fp32")
+    for n in attention_kernel.arg_names:
+        if n not in signature and n not in constexprs:
+            signature[n] = "i64" if n.endswith(("_batch", "_head", "_row", "_key")) else "i32"
+    return AotCase(
+        name, attention_kernel, signature, constexprs, tile.num_warps, tile.num_stages, tuple(pointers),
+        tensor_cores=dtype != "fp32", targets=(arch,), oldest=_triton.OLDEST_FOR_ATTENTION.get(arch, _triton.OLDEST),
+    )  # fmt: skip
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Each row of the launch table with what makes its kernel the largest: the widest heads it serves, bounds of rows
+    by tensors, and all score terms at once or none. A call with fewer of them takes no more."""
+    for arch in TARGETS:
+        yield _case("d64", arch, "bf16", 64, ranges=True)
+        yield _case("d128", arch, "bf16", 128, ranges=True)
+        yield _case("d128_bits", arch, "bf16", 128, ranges=True, bits=True)
+        yield _case("d64_terms", arch, "bf16", 64, ranges=True, terms=True)
+        yield _case("d128_terms", arch, "bf16", 128, ranges=True, terms=True)
+        yield _case("d128_bits_terms", arch, "fp16", 128, ranges=True, bits=True, terms=True, positions=True)
+        yield _case("d192_128", arch, "bf16", 192, 128, ranges=True)
+        yield _case("d256", arch, "bf16", 256, ranges=True)
+        yield _case("d256_bits_terms", arch, "fp16", 256, ranges=True, bits=True, terms=True)
+        yield _case("d128_fp32_bits_terms", arch, "fp32", 128, ranges=True, bits=True, terms=True)
+        yield _case("d256_fp32", arch, "fp32", 256, ranges=True, bits=True)
+        yield _case("d128_decode", arch, "bf16", 128, ranges=True, rows=8, packed=True, splits=2)
+        yield _case(
+            "d128_decode_terms", arch, "bf16", 128, ranges=True, terms=True, rows=64, packed=True, splits=2
+        )

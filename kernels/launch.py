@@ -6,7 +6,7 @@ multiprocessors there are: results do not either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,16 @@ class AttentionLaunch:
     chunk: int = 0
 
 
+def value_parts(size: int, tile: AttentionLaunch) -> tuple[int, int]:
+    """`parts` for the columns of V. Triton lays the warps of mma along the longer side of an accumulator; along its
+    columns every warp would hold all rows of Q and P, so that what is twice as wide as the tile's rows is halved. So
+    are 256 columns, which wgmma would hold in one piece."""
+    first, second = parts(size)
+    if not second and (first == 2 * tile.M == 32 * tile.num_warps or first == 256 and tile.M == 64):
+        return first // 2, first // 2
+    return first, second
+
+
 # Keys of a split of decode: K and V of 256 KB at head size 128 in bf16, microseconds of memory traffic.
 DECODE_SPLIT = 512
 # Rows that decode packs; more fill a tile of the attention kernel.
@@ -59,30 +69,61 @@ DECODE_ROWS = 64
 SECTION_BYTES = 32 << 20
 
 
-def attention(arch: str, itemsize: int, width: int, rows: int, bits: bool, terms: bool) -> AttentionLaunch:
+def attention(
+    arch: str, itemsize: int, width: int, rows: int, bits: bool, terms: bool, packed: bool
+) -> AttentionLaunch:
     """width: the wider of the two heads, its parts together; rows: query rows, packed ones counted; bits: the mask
-    has granules, whose rows are the most a tile holds then; terms: bias, ALiBi, softcap or dropout."""
+    has granules, whose rows are the most a tile holds then; terms: bias, ALiBi, softcap or dropout; packed: rows
+    are those of several heads."""
     amd, chunk = arch.startswith("gfx"), 0
     if arch == "interpreter":
         m, n, warps = 64, 64, 4  # NumPy takes few large steps quicker than many small ones
     elif itemsize == 4:
         # IEEE products run on the FMA units, and hold whole rows and columns of a step in registers: short steps.
-        m, n, warps, chunk = 32, 16, 8, 16
+        m, n, warps, chunk = 16 if terms else 32, 16, 8, 16
     elif width > 128:
         # The accumulator of 64 rows is what 8 warps hold; beside terms that of 32.
-        m, n, warps = 32 if terms else 64, 64, 4 if amd and not terms else 8
-    elif bits or terms:
-        # The terms' own blocks are as large as the scores: 8 warps share them.
-        m, n, warps = 64, 64, 8 if terms and not amd else 4
+        m, n, warps = (32, 32 if amd else 16, 4) if terms else (64, 64 if amd else 32, 4 if amd else 8)
+    elif terms:
+        # The terms' own blocks are as large as the scores: those of 32 keys fit beside the accumulator, and of 16
+        # where mma's operand Q takes registers too, or packed rows have a slope and a bias's address each.
+        tight = arch in ("sm_80", "sm_120") or packed
+        m, n, warps = 64, 16 if tight and width > 64 else 32, 4
+    elif bits:
+        m, n, warps = 64, 64, 4
+    elif width > 64:
+        # With 99 KB of shared memory 64 keys would leave one stage, whose K and V pass through registers.
+        m, n, warps = 128, 32 if arch == "sm_120" else 64, 4 if amd else 8
     else:
         # Hopper's wgmma reads its operands from shared memory, so that 4 warps hold head size 64.
-        m, n, warps = 128, 64, 4 if width <= 64 and arch == "sm_90" else 8
+        m, n, warps = 128, 64, 4 if arch == "sm_90" else 8
     while m > 16 and m // 2 >= rows:
         m //= 2
-    # Q stays; every stage holds a tile of K and one of V.
-    free = SHARED[arch] - m * width * itemsize - (8 << 10)
-    stages = max(1, min(3, free // (2 * n * width * itemsize)))
-    return AttentionLaunch(m, n, warps, stages, chunk)
+    # A third stage holds more addresses, for which there are no registers beside terms.
+    tile = AttentionLaunch(m, n, warps, 2 if terms else 3, chunk)
+    while tile.num_stages > 1 and _shared(tile, itemsize, width) > SHARED[arch]:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile
+
+
+def _shared(tile: AttentionLaunch, itemsize: int, width: int) -> int:
+    """Bytes of shared memory at most: Q stays, every stage holds a tile of K and one of V, and some is for the rest."""
+    return (tile.M + 2 * tile.N * tile.num_stages) * width * itemsize + (8 << 10)
+
+
+def attention_candidates(
+    arch: str, itemsize: int, width: int, rows: int, bits: bool, terms: bool, packed: bool
+) -> tuple[AttentionLaunch, ...]:
+    """What tuning times, for the arguments of `attention`: the table's tile, then those that differ in one number."""
+    first = attention(arch, itemsize, width, rows, bits, terms, packed)
+    most = 64 if bits else 128  # a tile of bits is a granule or a part of one
+    near = [replace(first, M=m) for m in (first.M // 2, first.M * 2) if 16 <= m <= most and m < 2 * rows]
+    near += [replace(first, N=n) for n in (first.N // 2, first.N * 2) if 16 <= n <= most]
+    near += [replace(first, num_warps=w) for w in (first.num_warps // 2, first.num_warps * 2) if 2 <= w <= 8]
+    near += [
+        replace(first, num_stages=s) for s in (first.num_stages - 1, first.num_stages + 1) if 1 <= s <= 4
+    ]
+    return (first, *(tile for tile in near if _shared(tile, itemsize, width) <= SHARED[arch]))
 
 
 # --- attention backward ---

@@ -1,4 +1,4 @@
-"""From q.k to a score, in the contract's order: scale, softcap, bias, ALiBi; in units of log2."""
+"""From q.k to a score, in the contract's order: scale, softcap, bias, ALiBi."""
 
 import triton
 import triton.language as tl
@@ -19,22 +19,18 @@ def tanh(x):
 
 @triton.jit
 def finish_scores(b_s, scale, softcap, b_bias, slope, q_pos, k_pos, HAS_SOFTCAP: tl.constexpr):
-    """Scores [M, N] times log2 e from q.k [M, N]; -inf where the bias is, whatever else the score would be.
+    """Scores [M, N] from q.k [M, N]; -inf where the bias is, whatever else the score would be.
 
-    b_bias: [M, N] or None. slope: [M] or None. q_pos: int32 [M], k_pos: int32 [N]. Also returns tanh(s / softcap),
-    for the backward; the scores themselves where there is no softcap.
+    b_bias: [M, N] or None. slope: [M] or None. q_pos: int32 [M], k_pos: int32 [N].
     """
     b_s = b_s * scale
-    b_tanh = b_s
     if HAS_SOFTCAP:
-        b_tanh = tanh(b_s / softcap)
-        b_s = softcap * b_tanh
+        b_s = softcap * tanh(b_s / softcap)
     if b_bias is not None:
         b_bias = b_bias.to(tl.float32)
         b_s += b_bias
     if slope is not None:
         b_s -= slope[:, None] * tl.abs(q_pos[:, None] - k_pos[None, :]).to(tl.float32)
-    b_s = b_s * LOG2E
     if b_bias is not None:
         b_s = tl.where(b_bias == float("-inf"), float("-inf"), b_s)
-    return b_s, b_tanh
+    return b_s

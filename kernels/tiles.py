@@ -33,10 +33,11 @@ def store_part(p, o, m, b, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.conste
 
 
 @triton.jit
-def store_rows(acc0, acc1, m, l, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0: tl.constexpr,
+def store_rows(acc0, acc1, m, l, unit, out, o_out, lse, o_lse, m_i, sink, keep_scale, DV0: tl.constexpr,
                DV1: tl.constexpr, DV: tl.constexpr):  # fmt: skip
-    """out and LSE of rows from the state of their softmax; the sink applies here, once."""
-    inverse, b_lse = finish(m, l)
+    """out and LSE of rows from the state of their softmax, m in `unit`s of a natural logarithm; the sink applies
+    here, once."""
+    inverse, b_lse = finish(m, l, unit)
     tl.store(lse + o_lse, b_lse, mask=m_i)
     inverse = inverse * keep_scale
     if sink is not None:

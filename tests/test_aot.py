@@ -1,9 +1,11 @@
 """The ahead-of-time compilation: what it measures, and that it refuses what spills, does not fit or got worse."""
 
+import ast
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,37 @@ from fastattn import _triton
 from fastattn.tools import aot
 
 CASE = _triton.module("aot_case").AotCase("planted", None, {}, {}, 4, 1, tensor_cores=True)
+
+
+KERNELS = Path(_triton.module("aot_case").__file__).parent
+
+
+def entry_kernels() -> set[tuple[str, str]]:
+    """(module, name) of the kernels: what triton.jit makes and none of its functions uses."""
+    made, used = set(), set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                made.add((path.stem, node.name))
+                used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return {(module, name) for module, name in made if name not in used}
+
+
+# Their cases come with the end of their spills.
+WITHOUT_CASES = {m for m in ("attention_bwd", "attention_bwd_rows") if m not in aot.modules()}
+
+
+def test_every_kernel_is_compiled():
+    compiled = set()
+    for module in aot.modules():
+        compiled |= {
+            (module, getattr(case.fn, "fn", case.fn).__name__) for case in aot.cases(module).values()
+        }
+    kernels = entry_kernels()
+    assert ("attention", "attention_kernel") in kernels and len(kernels) > 10
+    assert {k for k in kernels if k[0] not in WITHOUT_CASES} == compiled
 
 
 def run(*command):

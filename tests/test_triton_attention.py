@@ -245,13 +245,23 @@ def test_alibi_by_positions(device):
     assert_right(out, right, v)
 
 
+@pytest.fixture
+def short_splits(monkeypatch):
+    """Few rows take splits of 64 keys: short caches are cut too."""
+    from fastattn import _triton
+
+    monkeypatch.setattr(_triton.module("launch"), "DECODE_SPLIT", 64)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("Sq", [70, 2], ids=["tile", "packed"])
-def test_hidden_numbers_stay_hidden(device, dtype, poison, Sq):
-    """Keys that no row may see hold NaN or infinities: nothing of it comes out."""
-    q, k, v = inputs(2, 4, 2, Sq, 150, 64, 48, dtype)
-    some = torch.rand(2, 1, Sq, 150) > 0.3
+@pytest.mark.parametrize("Sq", [70, 2, 20], ids=["tile", "packed", "splits"])
+def test_hidden_numbers_stay_hidden(device, dtype, poison, Sq, short_splits):
+    """Keys that no row may see hold NaN, or infinities in the second part of v: nothing of it comes out."""
+    Sk = 150
+    q, k, v = inputs(2, 2, 1, Sq, Sk, 64, 48, dtype)
+    columns = slice(32 if poison == math.inf else 0, None)
+    some = torch.rand(2, 1, Sq, Sk) > 0.3
     some[:, :, :, 11] = False
     for mask, hidden in (
         (masks.KeyPadding(torch.tensor([100, 3])), lambda b: slice((100, 3)[b], None)),
@@ -261,8 +271,66 @@ def test_hidden_numbers_stay_hidden(device, dtype, poison, Sq):
         k2, v2 = k.clone(), v.clone()
         for b in range(2):
             k2[b, :, hidden(b)] = poison
-            v2[b, :, hidden(b)] = poison
+            v2[b, :, hidden(b), columns] = poison
         torch.testing.assert_close(attention(q, k2, v2, mask=mask), clean)
+
+
+NOTHING_SEEN = {  # of 2 batch items: the mask, and which rows see nothing
+    "item": lambda Sq, Sk: masks.KeyPadding([Sk - 30, 0]),
+    "rows by ranges": lambda Sq, Sk: masks.CausalLowerRight() & masks.KeyPadding([40, 1], side="left"),
+    "rows by bits": lambda Sq, Sk: (torch.rand(Sq, Sk) > 0.3) & (torch.arange(Sq) % 3 > 0)[:, None],
+    "rows by both": lambda Sq, Sk: (
+        masks.Dense((torch.arange(Sk) < 64).expand(Sq, Sk)) & masks.KeyPadding([0, 20])
+    ),
+}
+
+
+@pytest.mark.parametrize("terms", [False, True], ids=["plain", "terms"])
+@pytest.mark.parametrize("mask", NOTHING_SEEN)
+@pytest.mark.parametrize("Sq", [66, 3], ids=["tile", "splits"])
+def test_rows_that_see_nothing_give_zeros_whatever_they_hold(device, Sq, mask, terms, short_splits):
+    """NaN in their q, in the slopes of an item that sees nothing, and in the bias wherever it is hidden."""
+    Sk = 130
+    q, k, v = inputs(2, 2, 1, Sq, Sk, 32, 48, torch.float16)
+    mask = NOTHING_SEEN[mask](Sq, Sk)
+    shown = dense(mask, 2, 2, Sq, Sk).to(device)
+    unseen = ~shown.any(-1)
+    given = {}
+    if terms:
+        given = {"bias": torch.randn(2, 2, Sq, Sk), "alibi_slopes": torch.rand(2, 2), "softcap": 4.0}
+    clean, clean_lse = attention(q, k, v, mask=mask, return_lse=True, **given)
+    assert_right(clean, exact(q, k, v, mask=shown, **given), v)
+    q[unseen] = math.nan
+    if terms:
+        given["bias"].masked_fill_(~shown, math.nan)
+        given["alibi_slopes"].masked_fill_(unseen.all(-1), math.nan)
+    out, lse = attention(q, k, v, mask=mask, return_lse=True, **given)
+    assert unseen.any() and (out[unseen] == 0).all() and (lse[unseen] == -math.inf).all()
+    torch.testing.assert_close(out, clean)
+    torch.testing.assert_close(lse, clean_lse)
+    if not terms:
+        assert (attention(q, k, torch.full_like(v, math.nan), mask=mask)[unseen] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "dtype, bias_dtype",
+    [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("Sq", [70, 3], ids=["tile", "splits"])
+def test_the_lowest_finite_bias_hides_nothing(dtype, bias_dtype, Sq, short_splits):
+    """In units of log2 it would be -inf; rows of nothing else weigh their keys equally."""
+    Sk = 150
+    q, k, v = inputs(1, 2, 1, Sq, Sk, 32, 32, dtype)
+    lowest = torch.finfo(bias_dtype).min
+    bias = torch.where(torch.rand(Sq, Sk) < 0.5, 0.0, lowest)
+    bias[1] = lowest
+    bias[1, Sk // 2 :] = -math.inf
+    bias[2] = lowest
+    bias = bias.to(bias_dtype)
+    out, lse = attention(q, k, v, bias=bias, return_lse=True)
+    right, right_lse = exact(q, k, v, bias=bias.double(), return_lse=True)
+    assert_right(out, right, v)
+    torch.testing.assert_close(lse, right_lse.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_visible_nan_comes_out():
@@ -374,6 +442,17 @@ def test_features_together(device, case):
     assert_right(out, right, 2 * v)
     assert torch.equal(lse == -math.inf, right_lse == -math.inf)
     assert torch.where(lse == -math.inf, 0.0, lse - right_lse).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "dense by head"])
+def test_sections_of_heads(device, mask, monkeypatch):
+    """Heads whose K and V share the cache run together, the last section with fewer of them."""
+    from fastattn import _triton
+
+    q, k, v = inputs(1, 5, 5, 130, 70, 16, 16, torch.float16)
+    monkeypatch.setattr(_triton.module("launch"), "SECTION_BYTES", 2 * k[0, 0].nbytes * 2)
+    mask = torch.rand(1, 5, 130, 70) > 0.4 if mask == "dense by head" else MASKS[mask](1, 130, 70)
+    assert_right(attention(q, k, v, mask=mask), exact(q, k, v, mask=dense(mask, 1, 5, 130, 70).to(device)), v)
 
 
 @pytest.mark.parametrize(

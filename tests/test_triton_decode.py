@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import masks, reference
+from fastattn import _triton, masks, reference
 from fastattn.tools.equivalence import check_visible, error_rule
 
 
@@ -117,6 +117,32 @@ def test_a_longer_cache_leaves_full_splits_alone():
     assert torch.equal(attention(q, k, v, mask=masks.KeyPadding([700])), exact)
     k[:, :, 700:], v[:, :, 700:] = math.nan, math.nan
     torch.testing.assert_close(attention(q, k, v, mask=masks.KeyPadding([700])), exact)
+
+
+def test_more_splits_than_a_step_of_the_merge(monkeypatch):
+    launch = _triton.module("launch")
+    monkeypatch.setattr(launch, "DECODE_SPLIT", 64)
+    q, k, v = inputs(1, 2, 1, 1, 18 * 64 - 7, 16)
+    assert splits_of(q, k, v) == 18 > _triton.module("decode").CHUNK
+    right = reference.attention(*(t.double() for t in (q, k, v)))
+    verdict = error_rule(attention(q, k, v), right, None, magnitude=v.abs().max().item())
+    assert verdict, verdict.reason
+
+
+def test_rows_of_two_blocks_in_splits(device, monkeypatch):
+    """64 packed rows in tiles of 32, as the launch table has them for fp32."""
+    if device.type == "cuda":
+        pytest.skip("a GPU runs its own row")
+    monkeypatch.setattr(_triton.module("launch"), "architecture", lambda device: "sm_80")
+    q, k, v = inputs(2, 4, 2, 30, 600, 32)
+    assert "32 x 16 tiles" in str(fastattn.explain(q, k, v, backend="triton"))
+    verdict = error_rule(
+        attention(q, k, v),
+        reference.attention(*(t.double() for t in (q, k, v))),
+        None,
+        magnitude=v.abs().max().item(),
+    )
+    assert verdict, verdict.reason
 
 
 def test_the_head_sizes_of_the_merge():
