@@ -10,7 +10,8 @@ namespace fastattn {
 
 inline Operand operand_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, "fastattn: ", name, " must have 4 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1, "fastattn: the last stride of ", name, " must be 1");
+  STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1 || t.numel() == 0, "fastattn: the last stride of ", name,
+                  " must be 1");
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 

@@ -7,7 +7,7 @@ It is a library of its own because the CPU's must load on every torch, and this 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -25,10 +25,14 @@ AHEAD_OF_TRITON: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Library:
-    """A library as it was built. cuda: 13000 for 13.0. archs: as in FASTATTN_CUDA_ARCHS, "80" or "90a"."""
+    """A library as it was built, and the newest CUDA that the driver runs.
+
+    cuda, driver: 13000 for 13.0. archs: as in FASTATTN_CUDA_ARCHS, "80" or "90a".
+    """
 
     cuda: int
     archs: tuple[str, ...]
+    driver: int = field(compare=False)
 
     def refuse(self, major: int, minor: int) -> str | None:
         """Why there is no code for a card of this compute capability, or None."""
@@ -41,7 +45,13 @@ class Library:
         # The highest plain architecture left its PTX, which the driver compiles for any later card.
         plain = [int(arch) for arch in self.archs if arch.isdigit()]
         if plain and major * 10 + minor > max(plain):
-            return None
+            if self.driver >= self.cuda:
+                return None
+            return (
+                f"this card is sm_{major}{minor}, for which the driver would have to compile PTX of CUDA "
+                f"{_version(self.cuda)}, and it knows CUDA up to {_version(self.driver)}: update the driver, or build "
+                f"the library with FASTATTN_CUDA_ARCHS={major}{minor}"
+            )
         return (
             f"the CUDA library has code for {', '.join('sm_' + a for a in self.archs)}, this card is "
             f"sm_{major}{minor}; FASTATTN_CUDA_ARCHS at build time adds it"
@@ -74,7 +84,7 @@ def _load() -> Library | str:
             f"the CUDA library is built with CUDA {_version(built)}, the driver runs up to {_version(driver)}: update "
             f"the driver, or build the library with an older toolkit"
         )
-    return Library(built, tuple(ops._architectures().split()))
+    return Library(built, tuple(ops._architectures().split()), driver)
 
 
 LIBRARY = _load()
@@ -110,3 +120,12 @@ def prefer_triton(op: str) -> str | None:
     return (
         f'no committed measurement shows the CUDA kernel of {op} ahead of Triton\'s; backend="cuda" runs it'
     )
+
+
+@cache
+def shared_kib(device: torch.device) -> int:
+    """KiB of shared memory that one block of a card can ask for."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
+shared_kib._dynamo_marked_constant = True

@@ -48,8 +48,13 @@ def _refuse_cuda(p: Problem) -> str | None:
             return f"{name} is {size}, the CUDA kernels take head sizes up to 256"
     if p.has_tangents():
         return _FORWARD_AD
-    if p.needs_grad():
-        return "no CUDA C++ backward is in this version"
+    if p.needs_grad() and max(p.D, p.Dv) > 128:
+        shared = _cuda_library.shared_kib(p.device)
+        if shared < 160:
+            return (
+                f"gradients of head sizes above 128 need 160 KiB of shared memory a block, {p.device} has "
+                f"{shared} KiB"
+            )
     if max(p.B, p.Hq, p.Sq, p.Sk) >= 2**30:
         return "sequences of 2^30 rows and more"
     if p.B * p.Hq * (p.Sq // 64 + 1) >= 2**31:

@@ -554,3 +554,13 @@ def test_memory_grows_with_the_length_only():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 48
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (1, 2, 0, 5), (1, 2, 3, 0)], ids=str)
+def test_nothing_to_attend_to(shape):
+    """Whose gradient of out comes as one number, expanded."""
+    n, h, sq, sk = shape
+    q, k, v = (torch.randn(n, h, s, 40, requires_grad=True) for s in (sq, sk, sk))
+    fastattn.attention(q, k, v).sum().backward()
+    for t in (q, k, v):
+        assert t.grad.shape == t.shape and (t.grad == 0).all()

@@ -31,7 +31,7 @@ def card(monkeypatch):
     """card(major, minor, archs): a CUDA torch with the library and a card of this capability, and no Triton."""
 
     def make(major=9, minor=0, archs=("80", "90a"), triton="triton is not installed"):
-        monkeypatch.setattr(_cuda_library, "LIBRARY", Library(13000, archs))
+        monkeypatch.setattr(_cuda_library, "LIBRARY", Library(13000, archs, 13000))
         monkeypatch.setattr(_cuda_library, "_capability", lambda device: (major, minor))
         monkeypatch.setattr(_triton, "unusable", lambda device: triton)
         monkeypatch.setattr(_triton, "unusable_attention", lambda device: None)
@@ -79,7 +79,7 @@ def test_loading(monkeypatch, tmp_path, cuda, hip, library, driver, said):
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.ops, "fastattn_cuda", Ops, raising=False)
     state = _cuda_library._load()
-    assert state == Library(13000, ("80", "90a")) if said is None else said in state
+    assert state == Library(13000, ("80", "90a"), driver) if said is None else said in state
     if said is not None:
         monkeypatch.setattr(_cuda_library, "LIBRARY", state)
         assert said in _cuda_library.refuse("x", torch.device("cuda"))
@@ -108,10 +108,23 @@ def test_a_library_that_does_not_load_is_left_out(monkeypatch, tmp_path):
     ],
 )
 def test_architectures(archs, capability, served):
-    reason = Library(13000, archs).refuse(*capability)
+    reason = Library(13000, archs, 13000).refuse(*capability)
     assert (reason is None) == served
     if not served:
         assert f"this card is sm_{capability[0]}{capability[1]}" in reason and f"sm_{archs[0]}" in reason
+
+
+def test_a_driver_that_cannot_compile_the_librarys_ptx(card, monkeypatch):
+    """Code for the card itself runs on every driver of the major version; PTX needs one as new as the toolkit."""
+    card()
+    monkeypatch.setattr(_cuda_library, "LIBRARY", Library(13020, ("80", "90a"), 13000))
+    assert rows.explain(rows.softmax, Card(torch.randn(3, 64))).kernel == "cuda"
+    monkeypatch.setattr(_cuda_library, "_capability", lambda device: (12, 0))
+    said = why(rows.explain(rows.softmax, Card(torch.randn(3, 64))))
+    assert said.startswith("this card is sm_120, for which the driver would have to compile PTX of CUDA 13.2")
+    assert "it knows CUDA up to 13.0" in said and "FASTATTN_CUDA_ARCHS=120" in said
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run this call: this card is sm_120"):
+        rows.softmax(Card(torch.randn(3, 64)), backend="cuda")
 
 
 def test_triton_comes_first_until_a_measurement_says_otherwise(card, monkeypatch):
@@ -157,7 +170,7 @@ def test_refusals_of_rows(card):
     assert {kernel.name for kernel in dispatch.ROW_KERNELS} == {"cuda", "triton", "cpu", "reference"}
 
 
-def test_refusals_of_attention(card):
+def test_refusals_of_attention(card, monkeypatch):
     card()
 
     def refused(D=64, Dv=64, dtype=torch.bfloat16, **arguments):
@@ -173,7 +186,13 @@ def test_refusals_of_attention(card):
     assert refused(Dv=320) == "Dv is 320, the CUDA kernels take head sizes up to 256"
     assert "backend='cuda' cannot run this call: D is 257" in refused(D=257, backend="cuda")
     bias = Card(torch.zeros(1, 2, 8, 8)).requires_grad_()
-    assert refused(bias=bias) == "no CUDA C++ backward is in this version"
+    monkeypatch.setattr(_cuda_library, "shared_kib", lambda device: 227)
+    assert refused(bias=bias) is None and refused(D=256, Dv=256, bias=bias) is None
+    monkeypatch.setattr(_cuda_library, "shared_kib", lambda device: 99)  # sm_86, sm_89, sm_120
+    assert refused(D=128, bias=bias) is None and refused(D=256) is None
+    assert refused(D=136, bias=bias) == (
+        "gradients of head sizes above 128 need 160 KiB of shared memory a block, cuda:0 has 99 KiB"
+    )
     card(triton=None)
     assert "no committed measurement shows the CUDA kernel of attention ahead of Triton's" in refused()
     assert refused(backend="cuda") is None

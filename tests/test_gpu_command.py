@@ -52,12 +52,34 @@ def test_no_time_left_and_a_failed_install_end_the_run(tmp_path):
     assert gpu.run_all(todo, 0.5, tmp_path) == []
 
 
-def test_steps_name_tests_and_suites_that_exist(tmp_path):
+def test_steps_name_tests_and_suites_that_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "compute_sanitizer", lambda: None)
     todo = {step.name: step for step in gpu.steps(tmp_path)}
-    assert "tests/test_triton_attention_backward.py" in todo["tests"].command
+    for test in ("test_triton_attention_backward", "test_cuda_card", "test_twin"):
+        assert f"tests/{test}.py" in todo["tests"].command
     for name in todo.keys() - {"install", "tests"}:
         assert name in workloads.SUITES and str(tmp_path / f"{name}.json") in todo[name].command
     assert "--no-index" in todo["install"].command and "--no-build-isolation" in todo["install"].command
+
+
+def test_the_sanitizer_runs_a_few_tests_where_it_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert gpu.compute_sanitizer() is None
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    # It runs what it is given, reports a race, and its own exit code says so.
+    tool.write_text('#!/bin/sh\ntest "$2" = racecheck && exit "$4"; exit 0\n')
+    tool.chmod(0o755)
+    assert gpu.compute_sanitizer() == str(tool)
+    names = [step.name for step in gpu.steps(tmp_path)]
+    assert names[:4] == ["install", "tests", "memcheck", "racecheck"]
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    todo = [step for step in gpu.steps(tmp_path) if step.name in ("memcheck", "racecheck")]
+    results = gpu.run_all(todo, 60, tmp_path)
+    assert [(r.outcome, r.code) for r in results] == [("passed", 0), ("failed", 9)]
+    (file,) = {part for step in todo for part in step.command if part.endswith(".py")}
+    assert "def test_sanitized" in (gpu.ROOT / file).read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -463,6 +463,14 @@ def test_rivals_answer_or_say_why_not():
     assert reasons == {"b": "not here", "c": "it failed here: ZeroDivisionError: division by zero"}
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_row_operation_by_another_function(training):
+    row = workloads.Workload("x", "layer_norm", "fp32", workloads.RowShape(7, 33), training=training)
+    case = cases.build(row)
+    theirs = cases.row_call(case, torch.nn.functional.layer_norm)
+    torch.testing.assert_close(theirs(), case.variants["torch"](), atol=0, rtol=0)
+
+
 def test_rivals_that_are_not_installed_are_named():
     with pytest.raises(rivals.Absent, match="no-such-package is not installed"):
         rivals._module("no_such_package", "no-such-package")

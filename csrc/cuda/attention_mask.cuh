@@ -3,6 +3,8 @@
 // visited.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_args.cuh"
 #include "ptx.h"
 
@@ -11,6 +13,16 @@ namespace fastattn::cuda {
 enum class MaskForm { None, Ranges, Bits };  // Bits: within the ranges, of which there may be none
 
 constexpr int kFull = -1, kHidden = -2;  // beside tile numbers
+
+// f with the form of a call's mask, as a constant.
+template <class F>
+auto with_mask_form(const AttentionArgs& a, const F& f) {
+  const bool ranges = a.lo || a.hi || a.band_lo > -kUnbounded || a.band_hi < kUnbounded;
+  // The list has no address where nobody sees anything.
+  if (a.block_offsets) return f(std::integral_constant<MaskForm, MaskForm::Bits>());
+  if (ranges) return f(std::integral_constant<MaskForm, MaskForm::Ranges>());
+  return f(std::integral_constant<MaskForm, MaskForm::None>());
+}
 
 struct Range {
   int lo, hi;  // keys lo to hi - 1; {0, 0} where there are none

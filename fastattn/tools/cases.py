@@ -335,8 +335,17 @@ def _row_op(row: Workload, device: str) -> Case:
     if row.training:
         dout = torch.randn(row.shape.rows, row.shape.width, generator=_generator(row)).to(operands[0])
         variants = {name: _row_backward(call, operands, dout) for name, call in variants.items()}
-    inputs = {"x": operands[0], "weight": operands[-1], "theirs": variants["torch"]}
+    else:
+        dout = None
+    inputs = {"x": operands[0], "weight": operands[-1], "theirs": variants["torch"], "dout": dout}
     return Case(row, variants, inputs)
+
+
+def row_call(case: Case, function: Callable) -> Callable[[], Any]:
+    """The call of a row operation's case by another function than ours, on inputs of its own with the same numbers."""
+    x, dout = case.inputs["x"], case.inputs["dout"]
+    call, _, operands = row_inputs(case.row, str(x.device), function)
+    return call if dout is None else _row_backward(call, operands, dout)
 
 
 def _add_norm(row: Workload, function: Callable, x, residual, weight, bias):

@@ -2,11 +2,12 @@
 
     python fastattn/tools/gpu.py [--seconds 520] [--out FOLDER] [--only STEP,STEP]
 
-For a machine with torch, Triton, pytest and g++, and no network. It installs the package from this tree, runs the
-tests marked gpu, then the GPU suites of the bench. Results go into the folder that OUT names, else into
-benches/results/: gpu.json, rewritten after every step (the machine's line, and how each step ended), a log a step, and
-a JSON a suite, rewritten after every row: a run that is cut short keeps what it has. Every step has a share of the
-time; what the earlier ones leave, the later ones may use.
+For a machine with torch, Triton, pytest and g++, and no network. It installs the package from this tree (with the CUDA
+library where there is an nvcc, or a fastattn/_cuda.so built elsewhere), runs the tests marked gpu, a few of the CUDA
+library's under compute-sanitizer where that is found, then the GPU suites of the bench. Results go into the folder that
+OUT names, else into benches/results/: gpu.json, rewritten after every step (the machine's line, and how each step
+ended), a log a step, and a JSON a suite, rewritten after every row: a run that is cut short keeps what it has. Every
+step has a share of the time; what the earlier ones leave, the later ones may use.
 
 Exit code 0 where every step passed, 1 where one failed or was cut short, 2 where there is no GPU.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +56,7 @@ class Outcome:
 
 def steps(out: Path) -> list[Step]:
     """What `make gpu` runs, in order."""
-    python = sys.executable
+    python, sanitizer = sys.executable, compute_sanitizer()
     pip = (python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
     tests = ("-m", "gpu and not slow", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5")
     files = sorted(
@@ -66,14 +68,28 @@ def steps(out: Path) -> list[Step]:
         flags = ("--device", "cuda", "--rivals", "--budget", "0.3", "--json", target)
         return (python, "-m", "fastattn", "bench", suite, *flags)
 
+    def sanitized(tool: str) -> Step:
+        few = ("-m", "gpu", "-k", "test_sanitized", "-p", "no:cacheprovider", "tests/test_cuda_card.py")
+        # Memory that torch kept from earlier tensors would be as good as allocated.
+        plain = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+        check = (str(sanitizer), "--tool", tool, "--error-exitcode", "9")
+        return Step(tool, (*plain, *check, python, "-m", "pytest", *few), 0.2)
+
     return [
-        Step("install", (*pip, "-e", "."), 0.2, needed=True),
+        Step("install", (*pip, "-e", "."), 0.35, needed=True),
         Step("tests", (python, "-m", "pytest", *tests, *files), 0.4),
+        *([sanitized("memcheck"), sanitized("racecheck")] if sanitizer else []),
         Step("gpu-attention", bench("gpu-attention"), 0.45),
         Step("gpu-masks", bench("gpu-masks"), 0.6),
         Step("gpu-rows", bench("gpu-rows"), 0.75),
         Step("gpu-decode", bench("gpu-decode"), 0.95),
     ]
+
+
+def compute_sanitizer() -> str | None:
+    """NVIDIA's checker of memory accesses and races, if this machine has it."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(folder))
 
 
 def _on_gpu(test: Path) -> bool:
@@ -196,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu needs a GPU: {reason}. Nothing was run.", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
+    if compute_sanitizer() is None:
+        print("memcheck and racecheck are left out: no compute-sanitizer on the PATH or in CUDA_HOME")
     results = run_all(todo, arguments.seconds, out, machine_facts)
     passed = len(results) == len(todo) and all(one.outcome == "passed" for one in results)
     print(f"results: {out}")

@@ -9,6 +9,7 @@ for that row, with its error as the reason.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, dense_mask, torch_arguments
+from .cases import Case, dense_mask, library, our_call, row_call, torch_arguments
 
 # Beyond this an eager attention, which keeps all scores, takes longer than everything else in a bench.
 LARGEST_SCORES = 1 << 29
@@ -192,7 +193,18 @@ def _row_function(
     return make
 
 
+def _ours_in_cuda(case: Case) -> Callable[[], Any]:
+    """This package's CUDA C++ kernels, which dispatch leaves alone until they are measured ahead."""
+    _on_gpu(case)
+    if case.row.op != "attention":
+        return row_call(case, functools.partial(library(case.row.op), backend="cuda"))
+    q, k, v = (case.inputs[name] for name in "qkv")
+    function, arguments = our_call(case.row, case.row.spelling, (q, k), q.device.type, richer=True)
+    return _backward(lambda: function(q, k, v, backend="cuda", **arguments), case)
+
+
 RIVALS = (
+    Rival("ours in CUDA C++", _ours_in_cuda),
     Rival("flex_attention", _flex),
     Rival("sdpa cudnn", _sdpa("CUDNN_ATTENTION")),
     Rival("sdpa flash", _sdpa("FLASH_ATTENTION")),

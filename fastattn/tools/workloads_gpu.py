@@ -11,6 +11,8 @@ from .families import AttentionShape
 from .workloads import CEILING, Limit, RowShape, Workload, default_spelling
 
 SDPA = ("sdpa cudnn", "sdpa flash", "sdpa efficient")
+# The other of our own backends: what these rows show of it decides which one comes first.
+CUDA = "ours in CUDA C++"
 # Tokens a call, whatever the length: enough programs to fill the chip.
 _TOKENS = 16384
 
@@ -35,7 +37,7 @@ def attention() -> Iterator[Workload]:
                         training=training,
                         limits=tuple(Limit(name, floor) for name in SDPA),
                         quick=length == 4096,
-                        beside=SDPA,
+                        beside=(*SDPA, CUDA),
                     )
 
 
@@ -57,7 +59,7 @@ def masks() -> Iterator[Workload]:
                     training=training,
                     limits=flex + ((Limit("torch", 10.0),) if sparse else ()),
                     quick=size == 128 and not training,
-                    beside=("flex_attention",),
+                    beside=("flex_attention", CUDA),
                 )
     for mask in ("causal", "documents9"):
         shape = AttentionShape(1, 16, 8192, 128)
@@ -78,7 +80,7 @@ def decode() -> Iterator[Workload]:
             ("decode",),
             limits=(Limit(CEILING, 0.8),),
             quick=length == 8192,
-            beside=SDPA,
+            beside=(*SDPA, CUDA),
         )
 
 
@@ -90,4 +92,4 @@ def rows() -> Iterator[Workload]:
                 shape = RowShape((1 << 27) // width, width)
                 limits = (Limit(CEILING, 0.9),) if width >= 4096 else ()
                 row = Workload("gpu-rows", op, "bf16", shape, training=training, limits=limits)
-                yield dataclasses.replace(row, quick=width in (4096, 65536), beside=("liger", "quack"))
+                yield dataclasses.replace(row, quick=width in (4096, 65536), beside=("liger", "quack", CUDA))

@@ -17,10 +17,7 @@ namespace {
 template <class Start>
 void by_form(const AttentionArgs& a, Start start) {
   if (padded_head(a.D, a.Dv) > TWIN_HEAD) twin::fail("this library is for a smaller head");
-  const bool ranges = a.lo || a.hi || a.band_lo > -kUnbounded || a.band_hi < kUnbounded;
-  if (a.block_list) start(std::integral_constant<MaskForm, MaskForm::Bits>());
-  else if (ranges) start(std::integral_constant<MaskForm, MaskForm::Ranges>());
-  else start(std::integral_constant<MaskForm, MaskForm::None>());
+  with_mask_form(a, start);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fastattn import _cuda_library, ops, transforms
+
 from . import build
 
 TORCH = Path(torch.__file__).parent
@@ -23,6 +25,21 @@ def load() -> ctypes.CDLL:
     )
     library.launched.restype = ctypes.c_char_p
     return library
+
+
+@lru_cache(maxsize=1)
+def _attention() -> ops.Ops:
+    load()
+    attention = ops.Ops(_cuda_library.NAMESPACE)
+    transforms.register(attention)
+    return attention
+
+
+def serve_attention(monkeypatch) -> None:
+    """backend="cuda" takes attention on CPU tensors, down to the kernels, until the test ends."""
+    monkeypatch.setitem(ops.OPS, "cuda", _attention())
+    monkeypatch.setattr(_cuda_library, "refuse", lambda name, device: None)
+    monkeypatch.setattr(_cuda_library, "shared_kib", lambda device: 227)
 
 
 def run(seed: int, function, *arguments):

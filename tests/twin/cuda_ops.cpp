@@ -2,9 +2,12 @@
 // attention head size 64 and fp16 only.
 #include <map>
 
-#include "../../csrc/cuda/ops.cpp"            // NOLINT(bugprone-suspicious-include)
-#include "../../csrc/cuda/ops_attention.cpp"  // NOLINT(bugprone-suspicious-include)
-#include "../../csrc/cuda/ops_rows.cpp"       // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/attention_bwd_sums.cu"  // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops.cpp"                // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops_attention.cpp"      // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops_attention_bwd.cpp"  // NOLINT(bugprone-suspicious-include)
+#include "../../csrc/cuda/ops_rows.cpp"           // NOLINT(bugprone-suspicious-include)
+#include "cuda/attention_bwd_bias.cuh"
 #include "cuda/attention_sm80.cuh"
 #include "cuda/norm.cuh"
 #include "cuda/norm_backward.cuh"
@@ -47,15 +50,26 @@ void add_norm(Names& names) {
   add(names, norm_backward_columns<X>, "norm_backward columns");
 }
 
+template <MaskForm kForm>
+void add_attention(Names& names, const std::string& form) {
+  const auto add_one = [&](auto* kernel, const char* name) { add(names, kernel, (name + form).c_str()); };
+  add_one(attention_forward_sm80<fp16, 64, kForm>, "attention ");
+  add_one(attention_bwd_rows<fp16, kForm>, "attention_bwd rows ");
+  add_one(attention_bwd_queries<fp16, 64, kForm>, "attention_bwd queries ");
+  add_one(attention_bwd_keys<fp16, 64, kForm>, "attention_bwd keys ");
+  add_one(attention_bwd_terms<fp16, 64, kForm>, "attention_bwd terms ");
+}
+
 Names all_names() {
   Names names;
   add_softmax<float, float>(names), add_softmax<bf16, bf16>(names), add_softmax<bf16, float>(names);
   add_softmax<fp16, fp16>(names), add_softmax<fp16, float>(names);
   add_norm<float>(names), add_norm<bf16>(names), add_norm<fp16>(names);
   add(names, column_sums, "column_sums");
-  add(names, attention_forward_sm80<fp16, 64, MaskForm::None>, "attention none");
-  add(names, attention_forward_sm80<fp16, 64, MaskForm::Ranges>, "attention ranges");
-  add(names, attention_forward_sm80<fp16, 64, MaskForm::Bits>, "attention bits");
+  add_attention<MaskForm::None>(names, "none");
+  add_attention<MaskForm::Ranges>(names, "ranges");
+  add_attention<MaskForm::Bits>(names, "bits");
+  add(names, attention_bwd_sinks<fp16>, "attention_bwd sinks");
   return names;
 }
 
@@ -64,17 +78,25 @@ Names all_names() {
 const char* error_text(int) { return "a launch on the twin does not fail"; }
 int driver_version() { return 0; }
 
+constexpr const char* kNotHere = "the twin's library has fp16 and head sizes up to 64";
+
 template <class T, int kHead>
 const char* start_attention_sm80(const AttentionArgs& a, void* stream) {
   if constexpr (kHead == 64 && std::is_same_v<T, fp16>) {
-    const bool ranges = a.lo || a.hi || a.band_lo > -kUnbounded || a.band_hi < kUnbounded;
-    const auto start = a.block_list ? launch_attention_forward_sm80<T, kHead, MaskForm::Bits>
-                       : ranges     ? launch_attention_forward_sm80<T, kHead, MaskForm::Ranges>
-                                    : launch_attention_forward_sm80<T, kHead, MaskForm::None>;
-    start(a, stream);
+    with_mask_form(a, [&](auto form) { return launch_attention_forward_sm80<T, kHead, form()>(a, stream); });
     return nullptr;
   } else {
-    return "the twin's library has fp16 and head sizes up to 64";
+    return kNotHere;
+  }
+}
+
+template <class T, int kHead>
+const char* start_attention_bwd_sm80(const AttentionBwdArgs& a, void* stream) {
+  if constexpr (kHead == 64 && std::is_same_v<T, fp16>) {
+    with_mask_form(a, [&](auto form) { return launch_attention_backward_sm80<T, kHead, form()>(a, stream); });
+    return nullptr;
+  } else {
+    return kNotHere;
   }
 }
 
