@@ -77,6 +77,12 @@ inline RowTensor row_tensor(const Tensor& t, const char* name) {
   return {const_cast<void*>(t.const_data_ptr()), storage_of(t, name), {}, 1};
 }
 
+// A backend's operand may hold more than the tensor.
+inline void set_row(RowTensor& to, const RowTensor& from) { to = from; }
+
+// The stride along a row; 1 where there is one column at most.
+inline int64_t column_stride(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 1; }
+
 // Whether what an operation reads and writes outgrows the last cache together: written past it, two outputs
 // cost half of what they do when each line is read first (4096 x 768 fp32 sums and norms: 370 ns a row, not
 // 580).
@@ -120,6 +126,175 @@ inline RowTensor norm_tensor(const Tensor& t, int64_t row_dims, const char* name
     expected *= t.size(d);
   }
   return row_tensor(t, name);
+}
+
+// The arguments of a softmax that every backend has, checked; Args is a backend's own. Rows of `out` may be
+// those of x.
+template <class Args>
+void set_softmax(Args& a, const Tensor& x, int64_t dim, const OptionalTensor& mask,
+                 const OptionalTensor& bias, double scale, bool causal, const Tensor& out) {
+  const int64_t rank = x.dim();
+  STD_TORCH_CHECK(rank > 0 && dim >= 0 && dim < rank, "fastattn: dim must be in [0, ", rank, "), got ", dim);
+  STD_TORCH_CHECK(
+      !causal || (dim == rank - 1 && rank >= 2 && x.stride(dim) == 1 && out.stride(dim) == 1),
+      "fastattn: a causal softmax runs along the last of two or more dimensions, whose stride is 1");
+  set_row(a.x, row_tensor(x, "x")), set_row(a.out, row_tensor(out, "out"));
+  STD_TORCH_CHECK(a.out.storage == a.x.storage || a.out.storage == Storage::kFloat,
+                  "fastattn: out must be float32 or x's dtype");
+  a.width = x.size(dim);
+  a.x.column = column_stride(x, dim), a.out.column = column_stride(out, dim);
+  const auto columns = [&](const Tensor& t, const char* name) {
+    const int64_t d = dim - (rank - t.dim());
+    STD_TORCH_CHECK(d >= 0 && t.size(d) == a.width && (t.stride(d) == 1 || a.width <= 1), "fastattn: ", name,
+                    " must have x's size along dim, with a stride of 1");
+  };
+  if (mask) {
+    check_dtype(*mask, ScalarType::Bool, "mask", "bool");
+    columns(*mask, "mask");
+    a.mask.data = const_cast<void*>(mask->const_data_ptr());
+  }
+  if (bias) {
+    set_row(a.bias, row_tensor(*bias, "bias"));
+    columns(*bias, "bias");
+  }
+  a.scale = float(scale), a.causal = causal;
+  a.grid = make_grid({{&x, &a.x, "x"},
+                      {&out, &a.out, "out"},
+                      {mask ? &*mask : nullptr, &a.mask, "mask"},
+                      {bias ? &*bias : nullptr, &a.bias, "bias"}},
+                     dim, dim + 1, causal);
+}
+
+// At most this many partial sums of a gradient, where rows share it: enough for any number of threads or
+// multiprocessors, few enough to stay small beside what they sum.
+constexpr int64_t kParts = 64;
+
+// What softmax's backward gives; dbias as [bias_rows, width]. Each may be of no elements: not asked for.
+struct SoftmaxGradients {
+  Tensor dx, dbias;
+  int64_t bias_rows;  // 0: no dbias
+};
+
+// The same of softmax's backward, with fresh results by make(sizes, dtype). Where there is nothing to sum,
+// they are finished.
+template <class Args, class Make>
+SoftmaxGradients set_softmax_backward(Args& a, const Tensor& dy, const Tensor& y, int64_t dim,
+                                      const OptionalTensor& bias, double scale, ScalarType x_dtype,
+                                      const std::vector<bool>& needs, const Make& make) {
+  const int64_t rank = y.dim();
+  STD_TORCH_CHECK(
+      dim >= 0 && dim < rank && dy.dim() == rank && needs.size() == 2,
+      "fastattn: dy must have y's shape, dim be one of its dimensions, and needs have two entries");
+  set_row(a.dy, row_tensor(dy, "dy")), set_row(a.y, row_tensor(y, "y"));
+  STD_TORCH_CHECK(dy.size(dim) == y.size(dim) && a.dy.storage == a.y.storage, "fastattn: dy must be like y");
+  Tensor dx = needs[0] ? make(y.sizes(), x_dtype) : make({0}, x_dtype);
+  a.width = y.size(dim), a.scale = float(scale);
+  a.dy.column = column_stride(dy, dim), a.y.column = a.dx.column = column_stride(y, dim);
+  a.dx.storage = storage_of(dx, "dx");
+  if (needs[0]) {
+    set_row(a.dx, row_tensor(dx, "dx"));
+    a.dx.column = column_stride(dx, dim);
+  }
+  STD_TORCH_CHECK(a.y.storage == a.dx.storage || a.y.storage == Storage::kFloat,
+                  "fastattn: y must be float32 or of x's dtype");
+  const bool sums = needs[1] && bias;
+  a.grid = make_grid({{&y, &a.y, "y"}, {&dy, &a.dy, "dy"}, {needs[0] ? &dx : nullptr, &a.dx, "dx"}}, dim,
+                     dim + 1, false, sums ? &*bias : nullptr);
+  const int64_t rows = sums && a.width > 0 ? bias->numel() / a.width : 0;
+  Tensor dbias = sums ? make({rows, a.width}, bias->scalar_type()) : make({0}, ScalarType::Float);
+  if (a.width == 0 || a.grid.rows == 0) torch::stable::zero_(dbias);
+  return {dx, dbias, rows};
+}
+
+// The arguments of a norm that every backend has but its weights.
+struct NormOptions {
+  int64_t row_dims;
+  const OptionalTensor &weight, &bias;
+  double eps, weight_offset;
+  bool rms;
+};
+
+inline int64_t row_width(const Tensor& x, int64_t row_dims) {
+  int64_t width = 1;
+  for (int64_t d = x.dim() - row_dims; d < x.dim(); ++d) width *= x.size(d);
+  return width;
+}
+
+template <class Args>
+void set_norm(Args& a, const Tensor& x, const Tensor* residual, const NormOptions& o, const Tensor& y,
+              const Tensor* sum) {
+  STD_TORCH_CHECK(o.row_dims >= 1 && o.row_dims <= x.dim(), "fastattn: row_dims must be in [1, ", x.dim(),
+                  "], got ", o.row_dims);
+  STD_TORCH_CHECK(!o.rms || !o.bias, "fastattn: an RMSNorm has no bias");
+  set_row(a.x, norm_tensor(x, o.row_dims, "x")), set_row(a.y, norm_tensor(y, o.row_dims, "y"));
+  STD_TORCH_CHECK(a.y.storage == a.x.storage, "fastattn: y must have x's dtype");
+  if (residual) {
+    set_row(a.residual, norm_tensor(*residual, o.row_dims, "residual"));
+    set_row(a.sum, norm_tensor(*sum, o.row_dims, "sum"));
+    for (int64_t d = 0; d < x.dim(); ++d) {
+      STD_TORCH_CHECK(residual->dim() == x.dim() && residual->size(d) == x.size(d),
+                      "fastattn: residual must have x's shape");
+    }
+  }
+  a.width = row_width(x, o.row_dims), a.eps = o.eps, a.rms = o.rms;
+  a.grid =
+      make_grid({{&x, &a.x, "x"}, {residual, &a.residual, "residual"}, {sum, &a.sum, "sum"}, {&y, &a.y, "y"}},
+                x.dim() - o.row_dims, x.dim());
+}
+
+// The sizes of what a norm's backward needs: [kNormStats or 1, rows].
+inline std::vector<int64_t> stats_sizes(const Tensor& x, int64_t row_dims, bool rms) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d < x.dim() - row_dims; ++d) rows *= x.size(d);
+  return {rms ? 1 : kNormStats, rows};
+}
+
+// What a norm's backward gives. Each may be of no elements: not asked for.
+struct NormGradients {
+  Tensor dx, dweight, dbias;
+  bool sums_weight, sums_bias;
+};
+
+// The arguments of a norm's backward that every backend has but its weights, with fresh results by
+// make(sizes, dtype). Where there is nothing to sum, they are finished.
+template <class Args, class Make>
+NormGradients set_norm_backward(Args& a, const Tensor& dy, const OptionalTensor& dsum, const Tensor& h,
+                                const Tensor& stats, int64_t row_dims, const OptionalTensor& weight,
+                                std::optional<ScalarType> bias_dtype, bool rms,
+                                const std::vector<bool>& needs, const Make& make) {
+  STD_TORCH_CHECK(row_dims >= 1 && row_dims <= h.dim() && dy.dim() == h.dim() && needs.size() == 3,
+                  "fastattn: dy must have h's shape, row_dims fit it, and needs have three entries");
+  set_row(a.dy, norm_tensor(dy, row_dims, "dy")), set_row(a.h, norm_tensor(h, row_dims, "h"));
+  if (dsum) {
+    set_row(a.dsum, norm_tensor(*dsum, row_dims, "dsum"));
+    STD_TORCH_CHECK(a.dsum.storage == a.h.storage && dsum->dim() == h.dim(), "fastattn: dsum must be like h");
+  }
+  for (int64_t d = h.dim() - row_dims; d < h.dim(); ++d) {
+    STD_TORCH_CHECK(dy.size(d) == h.size(d) && (!dsum || dsum->size(d) == h.size(d)),
+                    "fastattn: dy and dsum must have h's shape");
+  }
+  a.width = row_width(h, row_dims), a.rms = rms;
+  const bool sums_weight = needs[1] && weight, sums_bias = needs[2] && bias_dtype && !rms;
+  Tensor dx = needs[0] ? make(h.sizes(), h.scalar_type()) : make({0}, h.scalar_type());
+  if (needs[0]) set_row(a.dx, norm_tensor(dx, row_dims, "dx"));
+  const std::vector<int64_t> sizes(h.sizes().begin() + (h.dim() - row_dims), h.sizes().end());
+  Tensor dweight = sums_weight ? make(sizes, weight->scalar_type()) : make({0}, ScalarType::Float);
+  Tensor dbias = sums_bias ? make(sizes, *bias_dtype) : make({0}, ScalarType::Float);
+  a.grid = make_grid({{&h, &a.h, "h"},
+                      {&dy, &a.dy, "dy"},
+                      {dsum ? &*dsum : nullptr, &a.dsum, "dsum"},
+                      {needs[0] ? &dx : nullptr, &a.dx, "dx"}},
+                     h.dim() - row_dims, h.dim());
+  if (a.width == 0 || a.grid.rows == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+  } else {
+    check_dtype(stats, ScalarType::Float, "stats", "float32");
+    STD_TORCH_CHECK(stats.is_contiguous() && stats.numel() == (rms ? 1 : kNormStats) * a.grid.rows,
+                    "fastattn: stats must be those of the forward");
+    a.stats = static_cast<const float*>(stats.const_data_ptr());
+  }
+  return {dx, dweight, dbias, sums_weight, sums_bias};
 }
 
 }  // namespace fastattn
