@@ -75,22 +75,24 @@ def attention(
     """width: the wider of the two heads, its parts together; rows: query rows, packed ones counted; bits: the mask
     has granules, whose rows are the most a tile holds then; terms: bias, ALiBi, softcap or dropout; packed: rows
     are those of several heads."""
-    amd, chunk = arch.startswith("gfx"), 0
+    amd, mma, chunk = arch.startswith("gfx"), arch in ("sm_80", "sm_120"), 0
     if arch == "interpreter":
         m, n, warps = 64, 64, 4  # NumPy takes few large steps quicker than many small ones
     elif itemsize == 4:
         # IEEE products run on the FMA units, and hold whole rows and columns of a step in registers: short steps.
         m, n, warps, chunk = 16 if terms else 32, 16, 8, 16
     elif width > 128:
-        # The accumulator of 64 rows is what 8 warps hold; beside terms that of 32.
-        m, n, warps = (32, 32 if amd else 16, 4) if terms else (64, 64 if amd else 32, 4 if amd else 8)
+        # The accumulator of 64 rows is what 8 warps hold; beside terms that of 32. The assembler of Triton 3.6 stops
+        # at 168 registers for sm_120 and spills, with bits and steps of 16.
+        short = 32 if amd or bits and arch == "sm_120" else 16
+        m, n, warps = (32, short, 4) if terms else (64, 64 if amd else 32, 4 if amd else 8)
     elif terms:
         # The terms' own blocks are as large as the scores: those of 32 keys fit beside the accumulator, and of 16
         # where mma's operand Q takes registers too, or packed rows have a slope and a bias's address each.
-        tight = arch in ("sm_80", "sm_120") or packed
-        m, n, warps = 64, 16 if tight and width > 64 else 32, 4
+        m, n, warps = 64, 16 if (mma or packed) and width > 64 else 32, 4
     elif bits:
-        m, n, warps = 64, 64, 4
+        # Entries of the list are read ahead, and mma's operand Q stays in registers: 64 keys spill by Triton 3.6.
+        m, n, warps = 64, 32 if mma and width > 64 else 64, 4
     elif width > 64:
         # With 99 KB of shared memory 64 keys would leave one stage, whose K and V pass through registers.
         m, n, warps = 128, 32 if arch == "sm_120" else 64, 4 if amd else 8
