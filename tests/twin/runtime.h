@@ -6,7 +6,8 @@
 // copy lands) is decided here by Options::seed, to expose missing waits:
 //   seed 0   warps and lanes in order, asynchronous operations as late as allowed
 //   seed 1   warps and lanes in order, asynchronous operations at once
-//   others   both at random, reproducibly
+//   others   both at random, reproducibly; in every second block some warps run only where no other can, so
+//            that they fall behind as far as barriers let them
 #pragma once
 
 #include <array>
@@ -162,10 +163,20 @@ class Block {
     // asynchronous operations are late, mixed, or early.
     stay_probability_ = randomised() ? std::array{0.0, 0.9, 1.0}[rng_() % 3] : 1.0;
     early_probability_ = randomised() ? std::array{0.0, 0.5, 1.0}[rng_() % 3] : options.seed == 1 ? 1.0 : 0.0;
+    if (randomised() && rng_() % 2) {
+      const size_t count = warps.size() > 4 && rng_() % 2 ? 4 : 1;  // a warpgroup, or a warp
+      laggard_ = rng_() % warps.size() / count * count;
+      laggards_ = std::min(count, warps.size() - laggard_);
+    }
     while (step()) {
     }
     if (error_) std::rethrow_exception(error_);
     smem.check_red_zones();
+    for (size_t id = 0; id < barriers.size(); ++id) {
+      if (barriers[id].arrived == 0) continue;
+      fail(std::to_string(barriers[id].arrived) + " threads arrived at named barrier " + std::to_string(id) +
+           " and nobody took them");
+    }
     for (const Fiber& fiber : fibers) {
       if (fiber.stack[0] != kPoison && !sanitizer::kAddress) fail("a thread outgrew its stack");
     }
@@ -192,6 +203,7 @@ class Block {
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
   std::vector<std::function<void()>> in_flight;  // TMA loads: may land in any order
+  std::map<const void*, const Fiber*> unfenced;  // mbarriers that the copy engine may not have seen yet
 
  private:
   static bool randomised() { return options.seed > 1; }
@@ -265,10 +277,13 @@ class Block {
     const size_t start = randomised() ? rng_() : 0;
     for (size_t i = 0; i < warps.size(); ++i) {
       const size_t warp = (start + i) % warps.size();
-      if (!run_lanes(warp)) continue;
+      if (warp - laggard_ < laggards_ || !run_lanes(warp)) continue;
       while (uniform_(rng_) < stay_probability_ && run_lanes(warp)) {
       }
       return !error_;
+    }
+    for (size_t i = 0; i < laggards_ && !error_; ++i) {
+      if (run_lanes(laggard_ + i)) return !error_;
     }
     if (error_) return false;
     if (!in_flight.empty()) {
@@ -305,6 +320,7 @@ class Block {
   std::mt19937_64 rng_;
   std::uniform_real_distribution<double> uniform_;
   double stay_probability_ = 1.0, early_probability_ = 0.0;
+  size_t laggard_ = 0, laggards_ = 0;  // warps laggard_ .. laggard_ + laggards_ - 1
 };
 
 inline void AsyncGroups::issue(std::function<void()> operation) {

@@ -8,8 +8,11 @@ namespace fastattn::cuda {
 inline void fence_proxy_async() {
   const sanitizer::Unobserved unobserved;
   twin::block->smem.fence_proxy_async();
+  std::erase_if(twin::block->unfenced, [](const auto& entry) { return entry.second == twin::self; });
 }
-// Not modelled: the twin's copy engine sees a barrier as soon as it is written.
-inline void fence_mbarrier_init() {}
+inline void fence_mbarrier_init() {
+  const sanitizer::Unobserved unobserved;
+  std::erase_if(twin::block->unfenced, [](const auto& entry) { return entry.second == twin::self; });
+}
 
 }  // namespace fastattn::cuda

@@ -5,15 +5,25 @@
 
 namespace twin {
 
+// Of ldmatrix: a card serves eight rows of 16 bytes at once where they lie in different banks.
+inline int bank_conflicts = 0;
+
 // Each lane reads the row it points at, then takes its elements from the other lanes' rows.
 struct MatrixRow {
   uint16_t element[8];
+  uint32_t address;
 };
 inline const MatrixRow* exchange_rows(const char* what, const void* row) {
-  block->smem.address(row, 16, 16);
   MatrixRow mine;
-  std::memcpy(&mine, row, sizeof(mine));
-  return warp_collective(what, kAllLanes, mine, [](MatrixRow*) {});
+  mine.address = block->smem.address(row, 16, 16);
+  std::memcpy(mine.element, row, sizeof(mine.element));
+  return warp_collective(what, kAllLanes, mine, [](MatrixRow* rows) {
+    for (int matrix = 0; matrix < kWarpSize; matrix += 8) {
+      unsigned banks = 0;
+      for (int i = 0; i < 8; ++i) banks |= 1u << rows[matrix + i].address / 16 % 8;
+      bank_conflicts += banks != 0xff;
+    }
+  });
 }
 
 }  // namespace twin

@@ -41,6 +41,7 @@ inline void mbarrier_init(uint64_t* bar, int arrivals) {
   smem_address(bar, 8, 8);
   const auto count = uint64_t(arrivals);
   *bar = std::bit_cast<uint64_t>(twin::MBarrier{0, count, count, 0, twin::kMagic});
+  twin::block->unfenced[bar] = twin::self;
 }
 inline void mbarrier_arrive(uint64_t* bar) {
   const sanitizer::Unobserved unobserved;

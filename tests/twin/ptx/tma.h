@@ -72,8 +72,14 @@ inline Box box_of(const TensorMap& map, const void* smem, int rank, int x, int y
   return box;
 }
 
-inline void tma_load(const Box& box, uint64_t* bar) {
+// An mbarrier that a copy is to complete on.
+inline void check_target(const uint64_t* bar) {
   read(bar);
+  if (block->unfenced.count(bar)) fail("a copy on an mbarrier without fence_mbarrier_init since its start");
+}
+
+inline void tma_load(const Box& box, uint64_t* bar) {
+  check_target(bar);
   sanitizer::release(bar);  // orders the copy after what its issuer has seen
   block->in_flight.push_back([=] {
     sanitizer::acquire(bar);
@@ -113,7 +119,7 @@ inline void bulk_load(void* smem, const void* gmem, int bytes, uint64_t* bar) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(gmem) % 16 != 0)
     twin::fail("bulk_load: not multiples of 16");
   const uint32_t address = twin::block->smem.address(smem, size_t(bytes), 16);
-  twin::read(bar);
+  twin::check_target(bar);
   sanitizer::release(bar);
   twin::block->in_flight.push_back([=] {
     sanitizer::acquire(bar);
