@@ -36,7 +36,7 @@ def plant(bug: Bug, tree: Path) -> tuple[Path, str]:
 
 def attempt(tree: Path, tests: list[str], only: str) -> str | None:
     """The first test that fails, or nothing."""
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider"]
     command += [f"tests/{name}.py" for name in tests] + (["-k", only] if only else [])
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     try:
@@ -54,7 +54,7 @@ def attempt(tree: Path, tests: list[str], only: str) -> str | None:
         raise SystemExit(
             f"pytest ends with {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
         )
-    return failed[0]
+    return failed[0] if failed else "a test fails"
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ class Bug:
 EXACTLY = "sees_exactly and not random"
 
 BUGS = [
-    Bug("control: no bug", "mask", "GRANULE = ", "GRANULE = ", "shapes or routes"),
+    Bug("control: no bug", "mask", "GRANULE = ", "GRANULE = ", "merge or minus_infinity"),
     # What a row sees.
     Bug("ranges: upper edge", "mask", "o_i + band_hi + 1, end", "o_i + band_hi, end", f"{EXACTLY} and lower"),
     Bug(
