@@ -23,18 +23,29 @@ Refusal = Callable[[Any], "str | None"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """name: what backend= and explain call it. refuse: the first reason not to run a problem, or None."""
+    """name: what backend= and explain call it. refuse: the first reason not to run a problem, or None. device: the type
+    of device without which it refuses, so that a call need not ask, unless backend= forces it; None: any."""
 
     name: str
     refuse: Refusal
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel that runs and, in the order of the list, why those before it do not."""
+    """The kernel that runs a problem, out of a list."""
 
     kernel: Kernel
-    refusals: tuple[tuple[str, str], ...]
+    problem: Problem | RowProblem
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def refusals(self) -> tuple[tuple[str, str], ...]:
+        """Why the kernels before it do not, in the order of the list; made when asked for: it is most of the choice."""
+        if self.problem.backend is not None:
+            return ()
+        before = self.kernels[: self.kernels.index(self.kernel)]
+        return tuple((kernel.name, kernel.refuse(self.problem)) for kernel in before)
 
 
 def _refuse_cuda(p: Problem) -> str | None:
@@ -98,9 +109,9 @@ def _refuse_reference(p: Problem) -> str | None:
 
 
 KERNELS = (
-    Kernel("cuda", _refuse_cuda),
-    Kernel("triton", _refuse_triton),
-    Kernel("cpu", _refuse_cpu),
+    Kernel("cuda", _refuse_cuda, "cuda"),
+    Kernel("triton", _refuse_triton, "cuda"),
+    Kernel("cpu", _refuse_cpu, "cpu"),
     Kernel("reference", _refuse_reference),
 )
 
@@ -167,9 +178,9 @@ def _refuse_rows(p: RowProblem) -> str | None:
 
 
 ROW_KERNELS = (
-    Kernel("cuda", _refuse_rows_cuda),
-    Kernel("triton", _refuse_rows_triton),
-    Kernel("cpu", _refuse_rows_cpu),
+    Kernel("cuda", _refuse_rows_cuda, "cuda"),
+    Kernel("triton", _refuse_rows_triton, "cuda"),
+    Kernel("cpu", _refuse_rows_cpu, "cpu"),
     Kernel("reference", _refuse_reference),
 )
 
@@ -179,15 +190,16 @@ def choose(p: Problem | RowProblem, kernels: tuple[Kernel, ...] = KERNELS) -> Ch
 
     Raises RuntimeError where `backend=` forces a kernel that refuses, with its reason.
     """
-    refusals = []
-    for kernel in kernels:
-        if p.backend is not None and kernel.name != p.backend:
-            continue
-        reason = kernel.refuse(p)
-        if reason is None:
-            return Choice(kernel, tuple(refusals))
-        refusals.append((kernel.name, reason))
-    raise RuntimeError(f"backend={p.backend!r} cannot run this call: {refusals[0][1]}")
+    if p.backend is None:
+        device = p.device.type
+        for kernel in kernels:
+            if kernel.device in (None, device) and kernel.refuse(p) is None:
+                return Choice(kernel, p, kernels)
+    kernel = next(kernel for kernel in kernels if kernel.name == p.backend)
+    reason = kernel.refuse(p)
+    if reason is not None:
+        raise RuntimeError(f"backend={p.backend!r} cannot run this call: {reason}")
+    return Choice(kernel, p, kernels)
 
 
 def features(p: Problem) -> str:
