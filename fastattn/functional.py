@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from . import _info, _triton, ops, reference
 from .dispatch import Choice, choose, features
-from .masks import Causal, Mask, native
+from .masks import Causal, Mask, Prepared, native
 from .masks.lower import Lowered, lower
 from .problem import Problem, attention_problem
 
@@ -317,6 +317,11 @@ class Explanation:
         if p.return_weights:
             self.notes.append(
                 "the weights come from the reference formula, S x S memory; the output does not"
+            )
+        if lowered.waits and not isinstance(p.mask, Prepared):
+            self.notes.append(
+                f"the host waits for the device at each call, to learn {'; '.join(lowered.waits)}; prepare the mask "
+                "once and it waits no more"
             )
         self.detail = ""
         if self.kernel == "cpu":

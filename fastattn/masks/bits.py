@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, waits
 from .leaves import Granules, Leaf, Node, RangeLeaf, Window
 from .ranges import Shape
 from .words import EMPTY, FULL, GRANULE, granules, lanes, low_bits, popcount
@@ -168,6 +168,10 @@ def build(tree: Node, shape: Shape, within: RangeLeaf | None = None) -> Bits | N
         offsets, blocks, tiles, flags = native.build(tree, within, shape.Sq, shape.Sk)
         everything = native.read(flags, while_tracing=0) & native.EVERYTHING
         return None if everything else Bits(offsets, blocks, tiles)
+    waits.note(
+        shape.device,
+        "the sizes of block lists, which torch operations build one window of granules at a time",
+    )
     return _Builder(tree, shape, within).run()
 
 

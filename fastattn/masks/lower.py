@@ -15,7 +15,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, waits
 from . import ranges as interval
 from .algebra import And, Apart, Mask, Not, Or
 from .bits import Bits, build, count_windows, plane_offsets
@@ -40,6 +40,7 @@ class Lowered:
       bit, bits beyond Sq and Sk 0. No two tiles are equal, none is empty or full.
 
     `bias`, where a float tensor held more than 0 and -inf: the tensor itself, expanded to [B, Hq, Sq, Sk].
+    `waits`: for what the host had to wait while it lowered a mask on an accelerator.
     """
 
     B: int
@@ -55,6 +56,7 @@ class Lowered:
     block_list: Tensor | None = None
     bit_tiles: Tensor | None = None
     bias: Tensor | None = None
+    waits: tuple[str, ...] = ()
     _transposed: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -158,10 +160,11 @@ def _transpose(bits: Bits, n_q: int, n_k: int) -> tuple[Tensor, Tensor]:
         return native.transpose(bits.offsets, bits.blocks, n_k)
     row = rows_of(bits)
     column = bits.blocks[:, 0] + (row // max(n_q, 1)).to(torch.int32) * n_k
-    order = torch.sort(column, stable=True).indices
+    column, order = torch.sort(column, stable=True)
     blocks = torch.stack([(row[order] % max(n_q, 1)).to(torch.int32), bits.blocks[:, 1][order]], 1)
-    ends = torch.zeros(B * H * n_k + 1, dtype=torch.int64, device=row.device)
-    torch.cumsum(torch.bincount(column, minlength=B * H * n_k), 0, out=ends[1:])
+    # A count by bins would make the host wait for the largest.
+    columns = torch.arange(B * H * n_k + 1, dtype=column.dtype, device=column.device)
+    ends = torch.searchsorted(column, columns)
     return plane_offsets(ends, B, H, n_k), blocks
 
 
@@ -231,11 +234,21 @@ def lower(mask: Masklike, B: int, Hq: int, Hkv: int, Sq: int, Sk: int, device) -
     if isinstance(mask, Prepared):
         mask.check(B, Hq, Hkv, Sq, Sk, device)
         return mask.lowered
-    if isinstance(mask, Tensor):
-        return from_tensor(mask, B, Hq, Sq, Sk)
     if mask is None:
         return Lowered(B, Hq, Sq, Sk, device)
     shape = Shape(B, Hq, Sq, Sk, device)
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return _lower(mask, shape)
+    with waits.noted() as reasons:
+        lowered = _lower(mask, shape)
+    lowered.waits = tuple(reasons)
+    return lowered
+
+
+def _lower(mask: Mask | Tensor, shape: Shape) -> Lowered:
+    B, Hq, Sq, Sk, _ = shape
+    if isinstance(mask, Tensor):
+        return from_tensor(mask, B, Hq, Sq, Sk)
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a fastattn.masks mask, a tensor or None, got {type(mask).__name__}")
     mask._check(shape)
@@ -399,6 +412,8 @@ def from_tensor(
         else:
             seen = visible(once)
             traced = torch.compiler.is_compiling()
+            if additive:
+                waits.note(shape.device, "whether a float tensor holds more than 0 and -inf")
             finite = additive and (traced or bool(((once != 0) & seen).any()))
             ranges = Dense(seen)._ranges(shape)
     bias = whole.expand(B, Hq, Sq, Sk) if additive and (finite or learned) else None

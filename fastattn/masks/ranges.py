@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import waits
+
 Bound = int | Tensor | None
 
 
@@ -165,6 +167,7 @@ def union(a: Ranges, b: Ranges, shape: Shape) -> Ranges | None:
     (a_lo, a_hi), (b_lo, b_hi) = a.rows(shape, 0, rows), b.rows(shape, 0, rows)
     a_empty, b_empty = a_hi <= a_lo, b_hi <= b_lo
     joined = a_empty | b_empty | (torch.minimum(a_hi, b_hi) >= torch.maximum(a_lo, b_lo))
+    waits.note(shape.device, "whether two masks' ranges together are one range in every row")
     if not bool(joined.all()):
         return None
     lo = torch.where(b_empty, a_lo, torch.where(a_empty, b_lo, torch.minimum(a_lo, b_lo)))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, waits
 from .bits import Bits, TileTable, build
 from .leaves import CodeLeaf
 from .ranges import Ranges, Shape
@@ -94,6 +94,7 @@ def scan_keys(tensor: Tensor) -> Keys:
         last = (hi - 1).clamp_(min=0).long().unsqueeze(-1)
         covered = seen.cumsum(-1, dtype=torch.int32).gather(-1, last).squeeze(-1)
         other = ((tensor != 0) & seen).any() if tensor.dtype != torch.bool else torch.zeros_like(seen).any()
+        waits.note(tensor.device, "whether the keys of a tensor without rows have gaps")
         tests = [(covered != count).any(), (lo == 0).all(), (hi == tensor.shape[-1]).all(), other]
         gaps, *whole, nonzero = torch.stack(tests).tolist()
     ranges = None if gaps else Ranges(lo=None if whole[0] else lo, hi=None if whole[1] else hi)
@@ -132,6 +133,7 @@ def scan_planes(
 def scan_tensor(tensor: Tensor, shape: Shape) -> Scan:
     """Scans a bool or float tensor [B or 1, H or 1, Sq, Sk] once; any strides."""
     scan = native.scanner(tensor.device)
+    waits.note(shape.device, "how many granules a tensor has of each kind")
     if scan is not None:
         offsets, blocks, tiles, flags = scan(tensor)
         flags = native.read(flags, while_tracing=native.NONZERO)

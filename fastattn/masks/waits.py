@@ -1,0 +1,30 @@
+"""Where lowering makes the host wait for an accelerator: a result whose form or size depends on a mask's values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_reasons: ContextVar[list[str] | None] = ContextVar("reasons", default=None)
+
+
+def note(device: torch.device, reason: str) -> None:
+    """Says that values on a device are about to be read, and why. On the CPU nobody waits."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return
+    reasons = _reasons.get()
+    if reasons is not None and reason not in reasons:
+        reasons.append(reason)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """The reasons that `note` is given meanwhile, each once."""
+    token = _reasons.set([])
+    try:
+        yield _reasons.get()
+    finally:
+        _reasons.reset(token)
