@@ -23,8 +23,12 @@ namespace fastattn::cuda {
 template <int kHead>
 struct BackwardTile {
   static constexpr int kStages = kHead <= 128 ? 2 : 1;
-  static constexpr int kInnerKeys = kHead == 64 ? 64 : kHead <= 192 ? 32 : 16, kInnerQueries = 32;
+  static constexpr int kInnerKeys = kHead == 64 ? 64 : kHead <= 192 ? 32 : 16;
+  static constexpr int kInnerQueries = kHead <= 192 ? 32 : 16;
   static constexpr int kColumnGroups = kHead <= 128 ? 1 : 2;
+  // Blocks on a multiprocessor that registers leave room for: left to itself nvcc stops at three of 168, and
+  // spills what does not fit.
+  static constexpr int kQueryBlocks = kHead == 32 ? 4 : kHead == 96 ? 3 : kHead <= 128 ? 2 : 1;
   static constexpr int kQueryThreads = 4 * kWarp, kKeyThreads = kColumnGroups * 4 * kWarp;
 };
 
@@ -99,12 +103,14 @@ struct QueryPassSmem {
   T q[kGranule * kHead], dout[kGranule * kHead];
   T k[BackwardTile<kHead>::kStages][kGranule * kHead];
   T v[BackwardTile<kHead>::kStages][kGranule * kHead];
-  uint64_t rows;  // that see something
+  float exponent[kGranule], delta[kGranule];
+  Extent extent;
+  int batch, head;
 };
 
 // dQ of 64 rows of one head; a warp owns 16.
 template <class T, int kHead, MaskForm kForm>
-__global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
+__global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads, BackwardTile<kHead>::kQueryBlocks)
     attention_bwd_queries(const __grid_constant__ AttentionBwdArgs a) {
   using Tile = BackwardTile<kHead>;
   constexpr int kThreads = Tile::kQueryThreads, kTilesN = Tile::kInnerKeys / 8, kTilesD = kHead / 8;
@@ -112,20 +118,19 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int blocks = (a.Sq + kGranule - 1) / kGranule, head = int(blockIdx.x) / blocks;
   const int granule = blocks - 1 - int(blockIdx.x) % blocks, m_first = granule * kGranule;
-  const int h = head % a.Hq, b = head / a.Hq, kv = h / (a.Hq / a.Hkv);
+  const int h = head % a.Hq, b = head / a.Hq;
   const int my_row = warp * 16 + lane / 4, my_col = lane % 4 * 2;
   const ScoreUnit unit(a);
-  // Read again where it is needed: in registers it would wait through the products.
-  const auto extent = [&] { return stored_extent(a, b, h, granule); };
 
+  // Kept in shared memory: in registers all this would wait through the products.
   const int64_t statistics = int64_t(head) * a.Sq + m_first;
-  float exponent[2], delta[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool exists = m_first + my_row + half * 8 < a.Sq;
-    exponent[half] = exists ? a.exponent[statistics + my_row + half * 8] : INFINITY;
-    delta[half] = exists ? a.delta[statistics + my_row + half * 8] : 0.0f;
+  if (threadIdx.x < kGranule) {
+    const int row = int(threadIdx.x);
+    const bool exists = m_first + row < a.Sq;
+    smem.exponent[row] = exists ? a.exponent[statistics + row] : INFINITY;
+    smem.delta[row] = exists ? a.delta[statistics + row] : 0.0f;
   }
+  if (threadIdx.x == 0) smem.extent = stored_extent(a, b, h, granule), smem.batch = b, smem.head = h;
   uint64_t rows = 0;
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
@@ -136,18 +141,20 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
   load_tile<kGranule, kHead, kThreads>(smem.q, Rows<T>(a.q, b, h, a.D), m_first, rows);
   load_tile<kGranule, kHead, kThreads>(smem.dout, Rows<T>(a.dout, b, h, a.Dv), m_first, rows);
   cp_async_commit();
+  __syncthreads();
 
   const auto load_keys = [&](const Stop<1>& stop, int stage) {
     const int key = stop.granule * kGranule;
-    uint64_t wanted = bits_between(extent().seen_lo - key, extent().seen_hi - key);
+    uint64_t wanted = bits_between(smem.extent.seen_lo - key, smem.extent.seen_hi - key);
     if (kForm == MaskForm::Bits) wanted &= seen_columns(a, stop.tiles);
-    load_tile<kGranule, kHead, kThreads>(smem.k[stage], Rows<T>(a.k, opaque(b), kv, a.D), key, wanted);
-    load_tile<kGranule, kHead, kThreads>(smem.v[stage], Rows<T>(a.v, opaque(b), kv, a.Dv), key, wanted);
+    const int kv = smem.head / (a.Hq / a.Hkv);
+    load_tile<kGranule, kHead, kThreads>(smem.k[stage], Rows<T>(a.k, smem.batch, kv, a.D), key, wanted);
+    load_tile<kGranule, kHead, kThreads>(smem.v[stage], Rows<T>(a.v, smem.batch, kv, a.Dv), key, wanted);
     cp_async_commit();
   };
 
   float dq[1][kTilesD][4] = {};
-  KeyWalk<kForm, 1> walk(a, b, h, m_first, extent().seen_lo, extent().seen_hi);
+  KeyWalk<kForm, 1> walk(a, b, h, m_first, smem.extent.seen_lo, smem.extent.seen_hi);
   Stop<1> stop = walk.next();
   int stage = 0;
   if (stop.granule >= 0 && Tile::kStages == 2) load_keys(stop, 0);
@@ -161,15 +168,18 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
 #pragma unroll 1
     for (int first = 0; first < kGranule; first += Tile::kInnerKeys) {
       const int key = stop.granule * kGranule + first;
-      if (!extent().sees(key, Tile::kInnerKeys)) continue;
+      if (!smem.extent.sees(key, Tile::kInnerKeys)) continue;
       const int row = opaque(my_row);
       uint64_t kept = 0, words[2] = {~uint64_t(0), ~uint64_t(0)};
-      if (a.dropout_seed) kept = kept_elements<1, kTilesN>(a, b, h, m_first + row, key + my_col);
-      if (bits >= 0 || !extent().covers(key, Tile::kInnerKeys)) {
+      if (a.dropout_seed) {
+        kept = kept_elements<1, kTilesN>(a, smem.batch, smem.head, m_first + row, key + my_col);
+      }
+      if (bits >= 0 || !smem.extent.covers(key, Tile::kInnerKeys)) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = row + half * 8;
-          const Range range = m_first + r < a.Sq ? row_range<kForm>(a, b, h, m_first + r) : Range{0, 0};
+          const Range range =
+              m_first + r < a.Sq ? row_range<kForm>(a, smem.batch, smem.head, m_first + r) : Range{0, 0};
           words[half] = bits_between(range.lo - key, range.hi - key);
           if (bits >= 0) words[half] &= a.bit_tiles[int64_t(bits) * kGranule + r] >> first;
         }
@@ -177,13 +187,14 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
       float s[1][kTilesN][4] = {}, dp[1][kTilesN][4] = {};
       multiply_transposed<kHead>(s, smem.q, warp * 16, &smem.k[stage][first * kHead]);
       multiply_transposed<kHead>(dp, smem.dout, warp * 16, &smem.v[stage][first * kHead]);
-      const ScoreTerms<T> terms(a, opaque(b), h);
+      const ScoreTerms<T> terms(a, smem.batch, smem.head);
       each_element(unit.plain, s, dp, [&](float& x, float& y, int n, int i) {
         const int col = n * 8 + my_col + i % 2;
         float cap_slope = 1.0f;
         if (!unit.plain) x = terms.apply(a, x, m_first + row + i / 2 * 8, key + col, &cap_slope);
-        y = score_gradient(a, unit, x, y, exponent[i / 2], delta[i / 2], cap_slope, words[i / 2] >> col & 1,
-                           kept >> (n * 4 + i) & 1)
+        const int at = row + i / 2 * 8;
+        y = score_gradient(a, unit, x, y, smem.exponent[at], smem.delta[at], cap_slope,
+                           words[i / 2] >> col & 1, kept >> (n * 4 + i) & 1)
                 .ds;
       });
       multiply_rounded<kHead>(dq, dp, &smem.k[stage][first * kHead], 0);
@@ -193,7 +204,7 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kQueryThreads)
     stop = ahead;
   }
   cp_async_wait<0>();
-  store_rows<T>(a.dq, b, h, a.grads_fp32, m_first + my_row, a.Sq, my_col, a.D, dq, a.scale);
+  store_rows<T>(a.dq, smem.batch, smem.head, a.grads_fp32, m_first + my_row, a.Sq, my_col, a.D, dq, a.scale);
 }
 
 template <class T, int kHead>
@@ -238,8 +249,9 @@ __global__ void __launch_bounds__(BackwardTile<kHead>::kKeyThreads)
       const bool sees = first + row < a.Sq && a.exponent[statistics + row] < INFINITY;
       rows |= uint64_t(warp_ballot(sees)) << (part * kWarp);
     }
-    load_tile<kGranule, kHead, kThreads>(smem.q[stage], Rows<T>(a.q, b, stop.h, a.D), first, rows);
-    load_tile<kGranule, kHead, kThreads>(smem.dout[stage], Rows<T>(a.dout, b, stop.h, a.Dv), first, rows);
+    const int batch = kHead > 192 ? opaque(b) : b;  // no register is left there to keep its products in
+    load_tile<kGranule, kHead, kThreads>(smem.q[stage], Rows<T>(a.q, batch, stop.h, a.D), first, rows);
+    load_tile<kGranule, kHead, kThreads>(smem.dout[stage], Rows<T>(a.dout, batch, stop.h, a.Dv), first, rows);
     cp_async_commit();
     if (threadIdx.x < kGranule) {
       const int row = int(threadIdx.x);

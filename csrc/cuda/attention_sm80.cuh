@@ -40,6 +40,7 @@ struct ForwardSmem {
   T v[Tile::kStages][kGranule * kHead];
   Range range[Tile::kRows];
   Extent extent[Tile::kWarps];
+  int batch, head;
 };
 
 template <class T, int kHead, MaskForm kForm>
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
   // The last rows of a causal mask take longest: they start first.
   const int blocks = (a.Sq + Tile::kRows - 1) / Tile::kRows, rest = int(blockIdx.x) / blocks;
   const int m_first = (blocks - 1 - int(blockIdx.x) % blocks) * Tile::kRows;
-  const int h = rest % a.Hq, b = rest / a.Hq;
+  const int head = rest % a.Hq, batch = rest / a.Hq;
   const int warp_row = warp * kRowTiles * 16;  // of the block
   const int my_row = warp_row + lane / 4, my_col = lane % 4 * 2;
 
@@ -64,20 +65,21 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
   // What the warp's rows and the block's rows see by ranges.
   Extent mine = no_rows();
   if (lane < kRowTiles * 16 && m_first + warp_row + lane < a.Sq) {
-    const Range r = row_range<kForm>(a, b, h, m_first + warp_row + lane);
+    const Range r = row_range<kForm>(a, batch, head, m_first + warp_row + lane);
     smem.range[warp_row + lane] = r;
     mine = extent_of(r);
   }
   mine = join_warp(mine);
   if (lane == 0) smem.extent[warp] = mine;
+  if (threadIdx.x == 0) smem.batch = batch, smem.head = head;
 #pragma unroll
   for (int rows = 0; rows < Tile::kRows; rows += kGranule) {
-    load_tile<kGranule, kHead, kThreads>(&smem.q[rows * kHead], Rows<T>(a.q, b, h, a.D), m_first + rows,
-                                         bits_between(0, a.Sq - m_first - rows));
+    load_tile<kGranule, kHead, kThreads>(&smem.q[rows * kHead], Rows<T>(a.q, batch, head, a.D),
+                                         m_first + rows, bits_between(0, a.Sq - m_first - rows));
   }
   cp_async_commit();
   __syncthreads();
-  // Read where it is needed, like the addresses below: in registers they would wait through the products.
+  // Read where they are needed, like batch and head: in registers they would wait through the products.
   const auto block_range = [&] {
     Range r{smem.extent[0].seen_lo, smem.extent[0].seen_hi};
 #pragma unroll
@@ -87,7 +89,7 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
     return r;
   };
 
-  KeyWalk<kForm, kGranules> walk(a, b, h, m_first, block_range().lo, block_range().hi);
+  KeyWalk<kForm, kGranules> walk(a, batch, head, m_first, block_range().lo, block_range().hi);
   const auto wanted_keys = [&](const Stop<kGranules>& stop) {
     const int key = stop.granule * kGranule;
     const Range seen = block_range();
@@ -96,11 +98,11 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
     return wanted;
   };
   const auto load_keys = [&](const Stop<kGranules>& stop, int stage, uint64_t wanted) {
-    const Rows<T> k(a.k, opaque(b), opaque(h) / (a.Hq / a.Hkv), a.D);
+    const Rows<T> k(a.k, smem.batch, smem.head / (a.Hq / a.Hkv), a.D);
     load_tile<kGranule, kHead, kThreads>(smem.k[stage], k, stop.granule * kGranule, wanted);
   };
   const auto load_values = [&](const Stop<kGranules>& stop, int stage, uint64_t wanted) {
-    const Rows<T> v(a.v, opaque(b), opaque(h) / (a.Hq / a.Hkv), a.Dv);
+    const Rows<T> v(a.v, smem.batch, smem.head / (a.Hq / a.Hkv), a.Dv);
     load_tile<kGranule, kHead, kThreads>(smem.v[stage], v, stop.granule * kGranule, wanted);
   };
 
@@ -141,10 +143,12 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
       float s[kRowTiles][kTilesN][4] = {};
       if (seen) {
         const int row = opaque(my_row);
-        if (a.dropout_seed) kept = kept_elements<kRowTiles, kTilesN>(a, b, h, m_first + row, key + my_col);
+        if (a.dropout_seed) {
+          kept = kept_elements<kRowTiles, kTilesN>(a, smem.batch, smem.head, m_first + row, key + my_col);
+        }
         multiply_transposed<kHead>(s, smem.q, warp_row, &smem.k[stage][first * kHead]);
         if (!unit.plain) {
-          const ScoreTerms<T> terms(a, opaque(b), h);
+          const ScoreTerms<T> terms(a, smem.batch, smem.head);
           apply_terms(s, [&](float score, int t, int n, int i) {
             return terms.apply(a, score, m_first + row + t * 16 + i / 2 * 8, key + n * 8 + my_col + i % 2);
           });
@@ -175,6 +179,7 @@ __global__ void __launch_bounds__(ForwardTile<kHead>::kThreads, 1)
   }
   cp_async_wait<0>();  // a block that sees nothing still waits for its Q
 
+  const int b = smem.batch, h = smem.head;
 #pragma unroll
   for (int t = 0; t < kRowTiles; ++t) {
 #pragma unroll

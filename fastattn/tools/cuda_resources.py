@@ -3,9 +3,9 @@
     python -m fastattn.tools.cuda_resources [--check] [--write] [--build FOLDER]
 
 Reads a build made with FASTATTN_CUDA=1: what ptxas said, kept beside each object, and the machine code, where
-cuobjdump is found (the toolkit's, or that in Triton's wheel). No GPU is needed. Exit code 1 where a kernel spills
-more than csrc/cuda/resources.json admits, or nvcc warned of anything else; with --check also where one takes more
-registers than the table says, lost matrix or copy instructions, or is not in it. Figures are one compiler's: another
+cuobjdump is found (the toolkit's, or that in Triton's wheel). No GPU is needed. Exit code 1 where a kernel spills or
+nvcc warned of anything else; with --check also where one takes more registers than csrc/cuda/resources.json says, lost
+matrix or copy instructions, or is not in it. Figures are one compiler's: another
 release's are not compared. Shared memory is what a kernel takes statically; those here ask for theirs at the launch.
 """
 
@@ -173,16 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     build = given.build or (folders[-1] if folders else ROOT / "build")
     found, warned, counted = read(build)
     said = [f"nvcc warns: {line}" for line in warned]
-    spilling = [f"{name} spills {r.spills} bytes" for name, r in found.items() if r.spills]
+    said += [f"{name} spills {r.spills} bytes" for name, r in found.items() if r.spills]
     if given.write:
         content = {"nvcc": release, "kernels": {name: asdict(r) for name, r in found.items()}}
         TABLE.write_text(json.dumps(content, indent=1) + "\n")
         TABLE.with_suffix(".md").write_text(markdown(release, found))
     committed = json.loads(TABLE.read_text())
-    known = {f"{name} spills {r['spills']} bytes" for name, r in committed["kernels"].items()}
-    said += [line for line in spilling if line not in known]
-    for line in known.intersection(spilling):
-        print(f"known: {line}")
     if given.check:
         if committed["nvcc"] == release:
             said += complaints(found, committed["kernels"], counted)
