@@ -146,7 +146,7 @@ BUGS = [
         "forward: bit tile of 32 bits", FORWARD, "int64_t(bits) * kGranule", "int(uint32_t(bits) * kGranule)"
     ),
     Bug("forward: sinks forgotten", FORWARD, "if (a.sinks) factor", "if (!a.sinks) factor"),
-    Bug("forward: keys of the other batch", FORWARD, "k(a.k, opaque(b),", "k(a.k, 0,"),
+    Bug("forward: keys of the other batch", FORWARD, "k(a.k, smem.batch,", "k(a.k, 0,"),
     Bug(
         "mask: search goes one too far", MASK, "< granule) from = middle + 1", "<= granule) from = middle + 1"
     ),
