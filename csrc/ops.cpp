@@ -40,8 +40,8 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("attention_route(int Sq, int group, int D, int Dv, int storage) -> str");
   fastattn::define_rows(m);
   m.def("_set_isa(str name) -> ()");
-  // Of results.h: an uninitialised contiguous tensor; gives idle blocks back and returns their bytes; bytes
-  // in use, idle and allowed to be idle.
+  // Of results.h: an uninitialised contiguous tensor; gives idle blocks back and returns their bytes; the
+  // bytes in use, idle and allowed to be idle, and those of the smallest block.
   m.def("_new_result(int[] sizes, ScalarType dtype) -> Tensor");
   m.def("_release_results() -> int");
   m.def("_result_memory() -> int[]");

@@ -36,10 +36,6 @@ Tensor gradient_like(const Tensor& x, bool needed, bool fp32, Gradient* g) {
   return t;
 }
 
-Tensor with_adjacent_columns(const Tensor& t) {
-  return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
-}
-
 Tensor contiguous_float(const Tensor& t) {
   return torch::stable::contiguous(
       t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, std::optional(ScalarType::Float)));
@@ -48,31 +44,6 @@ Tensor contiguous_float(const Tensor& t) {
 // Memory of one call.
 using Floats = std::unique_ptr<float[]>;
 Floats floats(int64_t n) { return Floats(new float[size_t(n)]); }
-
-void check_results(const AttentionArgs& a, const Tensor& dout, const Tensor& out, const Tensor& lse) {
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == a.B && out.size(1) == a.Hq && out.size(2) == a.Sq &&
-                      out.size(3) == a.Dv && dout.dim() == 4 && dout.size(0) == a.B && dout.size(1) == a.Hq &&
-                      dout.size(2) == a.Sq && dout.size(3) == a.Dv,
-                  "fastattn: dout and out must have the shape of the attention's result");
-  STD_TORCH_CHECK(dout.scalar_type() == out.scalar_type(), "fastattn: dout must have out's dtype");
-  check_dtype(lse, ScalarType::Float, "lse", "float32");
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == a.B && lse.size(1) == a.Hq && lse.size(2) == a.Sq,
-                  "fastattn: lse must be [B, Hq, Sq]");
-}
-
-void set_transposed_blocks(AttentionBwdArgs* a, const OptionalTensor& offsets, const OptionalTensor& list) {
-  if (!a->block_offsets) return;
-  STD_TORCH_CHECK(offsets && list, "fastattn: the backward needs block_offsets_t and block_list_t");
-  check_dtype(*offsets, ScalarType::Int, "block_offsets_t", "int32");
-  check_dtype(*list, ScalarType::Int, "block_list_t", "int32");
-  STD_TORCH_CHECK(offsets->dim() == 3 && offsets->size(2) == a->k_blocks() + 1 && offsets->is_contiguous() &&
-                      list->is_contiguous(),
-                  "fastattn: block_offsets_t must be a contiguous [B or 1, Hq or 1, ceil(Sk / 64) + 1]");
-  a->map_t_batch = broadcast_stride(*offsets, 0, a->B, "block_offsets_t");
-  a->map_t_head = broadcast_stride(*offsets, 1, a->Hq, "block_offsets_t");
-  a->block_offsets_t = static_cast<const int32_t*>(offsets->const_data_ptr());
-  a->block_list_t = static_cast<const int32_t*>(list->const_data_ptr());
-}
 
 // What a tasking costs: products a tile, for each tile of one kv head and batch, on the busiest thread.
 // `heads` computes five products where `queries` and `keys` compute seven, but uses no more threads than it
@@ -167,14 +138,16 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   STD_TORCH_CHECK(needs.size() == 6,
                   "fastattn: needs has one entry each for q, k, v, bias, alibi_slopes, sinks");
   check_results(a, dout, out, lse);
+  STD_TORCH_CHECK(dout.scalar_type() == out.scalar_type(), "fastattn: dout must have out's dtype");
   set_transposed_blocks(&a, block_offsets_t, block_list_t);
 
   const Tensor result = with_adjacent_columns(out), gradient = with_adjacent_columns(dout);
   const Tensor narrowed = gradient.scalar_type() == q.scalar_type()
                               ? gradient
                               : torch::stable::to(gradient, std::optional(q.scalar_type()));
-  a.dout = operand_of(narrowed, "dout"), a.dout_as_out = operand_of(gradient, "dout");
-  const Operand results = operand_of(result, "out");
+  set_operand(&a.dout, narrowed, "dout"), set_operand(&a.dout_as_out, gradient, "dout");
+  Operand results;
+  set_operand(&results, result, "out");
   a.out = const_cast<void*>(results.data);  // read only here
   a.out_batch = results.batch, a.out_head = results.head, a.out_row = results.row;
   a.out_fp32 = result.scalar_type() == ScalarType::Float;

@@ -95,7 +95,7 @@ class Blocks {
 
   std::vector<int64_t> state() {
     const std::lock_guard lock(mutex_);
-    return {int64_t(used_bytes_), int64_t(idle_bytes_), int64_t(allowed_)};
+    return {int64_t(used_bytes_), int64_t(idle_bytes_), int64_t(allowed_), int64_t(kSmallestBlock)};
   }
 
   std::mutex& mutex() { return mutex_; }

@@ -81,26 +81,10 @@ def _gradients_of(ops: Ops):
     def gradients(ctx, needs, dout, dlse):
         if dout is None and dlse is None:
             return (None,) * len(needs)
-        (
-            out,
-            lse,
-            q,
-            k,
-            v,
-            *mask,
-            bias,
-            slopes,
-            seed,
-            q_pos,
-            k_pos,
-            table,
-            lengths,
-            k_scale,
-            v_scale,
-            sinks,
-        ) = ctx.saved_tensors
+        # As in the schema: q, k, v, the ranges, the blocks, the terms of the score.
+        out, lse, q, k, v, lo, hi, block_offsets, block_list, bit_tiles, *terms = ctx.saved_tensors
+        bias, slopes, seed, *rest = terms
         scale, band_lo, band_hi, softcap, dropout_p = ctx.values
-        lo, hi, block_offsets, block_list, bit_tiles = mask
         if dout is None:
             dout = torch.zeros_like(out)
         offsets_t = list_t = None
@@ -118,12 +102,10 @@ def _gradients_of(ops: Ops):
                 softcap,
                 dropout_p,
                 seed,
-                q_pos,
-                k_pos,
-                table,
-                lengths,
+                *rest,
+                list(needs),
+                False,
             ),
-            *(k_scale, v_scale, sinks, list(needs), False),
         )
         return tuple(g if needed else None for g, needed in zip(results, needs))
 

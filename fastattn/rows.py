@@ -24,7 +24,8 @@ __all__ = ["add_layer_norm", "add_rms_norm", "explain", "layer_norm", "rms_norm"
 # The plain calls below are the CPU's.
 _softmax_out, _norm_out = OPS["cpu"].softmax_out, OPS["cpu"].norm_out
 # Results from this size on are blocks that are used again; see csrc/results.h.
-_new_result, _SMALLEST_BLOCK = torch.ops.fastattn._new_result.default, 1 << 20
+_new_result = torch.ops.fastattn._new_result.default
+_SMALLEST_BLOCK = torch.ops.fastattn._result_memory()[3]
 
 
 def softmax(

@@ -194,8 +194,7 @@ def test_softmax_backward_of_a_bias(dtype):
     x = torch.randn(3, 4, 9, 130).to(dtype)
     for shape in ((130,), (4, 1, 130), (3, 1, 1, 130), (1, 4, 9, 130), (3, 4, 9, 130)):
         for kind in (dtype, torch.float32):
-            seeds = SEEDS if kind == dtype else [1, 4]
-            check_softmax_backward(x, bias=torch.randn(shape).to(kind), scale=0.5, seeds=seeds)
+            check_softmax_backward(x, bias=torch.randn(shape).to(kind), scale=0.5)
     check_softmax_backward(x, bias=torch.randn(130), regime="softmax_backward bias")
     check_softmax_backward(x, 2, bias=torch.randn(9, 1))
 
@@ -369,7 +368,7 @@ def test_norm_backward_widths(dtype):
             x, weight, dy=dy, dsum=torch.randn(x.shape).to(dtype), offset=1.0, rms=RMS, seeds=seeds
         )
     x = torch.randn(3, 8200).to(dtype)
-    check_norm_backward(x, torch.randn(8200), dtype, regime="norm_backward columns", seeds=[0, 1, 5])
+    check_norm_backward(x, torch.randn(8200), dtype, regime="norm_backward columns")
     check_norm_backward(x, rms=RMS, regime="norm_backward looped")
 
 

@@ -7,10 +7,6 @@
 namespace fastattn::cuda {
 namespace {
 
-Tensor with_adjacent_columns(const Tensor& t) {
-  return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
-}
-
 Tensor as_type(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, std::optional(dtype));
 }
@@ -28,29 +24,6 @@ Tensor gradient_like(const Tensor& x, bool needed, bool fp32, Result* g) {
   if (rows_first) t = torch::stable::transpose(t, 1, 2);
   if (needed) *g = {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
   return t;
-}
-
-void check_results(const AttentionArgs& a, const Tensor& dout, const Tensor& out, const Tensor& lse) {
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == a.B && out.size(1) == a.Hq && out.size(2) == a.Sq &&
-                      out.size(3) == a.Dv && dout.dim() == 4 && dout.size(0) == a.B && dout.size(1) == a.Hq &&
-                      dout.size(2) == a.Sq && dout.size(3) == a.Dv,
-                  "fastattn: dout and out must have the shape of the attention's result");
-  check_dtype(lse, ScalarType::Float, "lse", "float32");
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == a.B && lse.size(1) == a.Hq && lse.size(2) == a.Sq,
-                  "fastattn: lse must be [B, Hq, Sq]");
-}
-
-void set_transposed_blocks(AttentionArgs& a, const OptionalTensor& offsets, const OptionalTensor& list) {
-  if (!a.block_offsets) return;
-  STD_TORCH_CHECK(offsets && list, "fastattn: the backward needs block_offsets_t and block_list_t");
-  check_dtype(*offsets, ScalarType::Int, "block_offsets_t", "int32");
-  check_dtype(*list, ScalarType::Int, "block_list_t", "int32");
-  STD_TORCH_CHECK(offsets->dim() == 3 && offsets->size(2) == (a.Sk + 63) / 64 + 1 &&
-                      offsets->is_contiguous() && list->is_contiguous(),
-                  "fastattn: block_offsets_t must be a contiguous [B or 1, Hq or 1, ceil(Sk / 64) + 1]");
-  a.map_t_batch = broadcast_stride(*offsets, 0, a.B, "block_offsets_t");
-  a.map_t_head = broadcast_stride(*offsets, 1, a.Hq, "block_offsets_t");
-  a.block_offsets_t = data_of<int32_t>(offsets), a.block_list_t = data_of<int32_t>(list);
 }
 
 template <class T>
@@ -96,15 +69,16 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   check_device(q, lse, "lse"), check_device(q, block_offsets_t, "block_offsets_t");
   check_device(q, block_list_t, "block_list_t");
   check_results(a, dout, out, lse);
-  set_transposed_blocks(a, block_offsets_t, block_list_t);
+  set_transposed_blocks(&a, block_offsets_t, block_list_t);
 
   const Tensor result = with_adjacent_columns(out);
   const Tensor gradient = with_adjacent_columns(as_type(dout, q.scalar_type()));
-  a.dout = operand_of(gradient, "dout");
+  set_operand(&a.dout, gradient, "dout");
   a.out_fp32 = result.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(a.out_fp32 || result.scalar_type() == q.scalar_type(),
                   "fastattn: out must be float32 or q's dtype");
-  const Operand given = operand_of(result, "out");
+  Operand given;
+  set_operand(&given, result, "out");
   a.out = {const_cast<void*>(given.data), given.batch, given.head, given.row};  // read only here
   const Tensor given_lse = torch::stable::contiguous(lse);
   a.lse = static_cast<float*>(const_cast<void*>(given_lse.const_data_ptr()));
