@@ -21,6 +21,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fastattn" / "version.py").read_text()).group(1)
 
+# The CUDA library, built elsewhere and carried into the tree for a machine without nvcc.
+PREBUILT = ROOT / "fastattn" / "_cuda.so"
+
 # The oldest torch that the library loads on: no symbol newer than this is used.
 TORCH_TARGET = "0x020b000000000000ULL"
 
@@ -94,7 +97,7 @@ class Nvcc:
 
     @classmethod
     def wanted(cls, torch: Path) -> "Nvcc | None":
-        """FASTATTN_CUDA=1 or 0 decides; else a CUDA torch with an nvcc beside it."""
+        """FASTATTN_CUDA=1 or 0 decides; else a CUDA torch with an nvcc beside it. None: a library in the tree stays."""
         choice = os.environ.get("FASTATTN_CUDA", "")
         if choice not in ("", "0", "1"):
             sys.exit(f"fastattn: FASTATTN_CUDA must be 0 or 1, got {choice!r}")
@@ -108,9 +111,13 @@ class Nvcc:
         missing = "fastattn: no nvcc on the PATH, in CUDA_HOME or named by CUDACXX"
         if choice == "1":
             sys.exit(
-                f"{missing}, which FASTATTN_CUDA=1 needs. Install the CUDA toolkit, or leave FASTATTN_CUDA unset."
+                f"{missing}, which FASTATTN_CUDA=1 needs. Install the CUDA toolkit, or leave FASTATTN_CUDA unset; a "
+                f"fastattn/_cuda.so that was built elsewhere is then taken as it is."
             )
-        print(f"{missing}: building without the CUDA library", file=sys.stderr)
+        what = (
+            "taking fastattn/_cuda.so as it is" if PREBUILT.exists() else "building without the CUDA library"
+        )
+        print(f"{missing}: {what}", file=sys.stderr)
         return None
 
     def flags(self, source: Path) -> list[str]:
@@ -144,9 +151,9 @@ class NinjaBuild(build_ext):
             "info": package / f"_info{sysconfig.get_config_var('EXT_SUFFIX')}",
             "cuda": package / "_cuda.so",
         }
-        nvcc, prebuilt = Nvcc.wanted(torch), ROOT / "fastattn" / "_cuda.so"
-        if nvcc is None and not self.inplace and prebuilt.exists():
-            shutil.copy2(prebuilt, libraries["cuda"])  # built elsewhere, for a machine without nvcc
+        nvcc = Nvcc.wanted(torch)
+        if nvcc is None and not self.inplace and PREBUILT.exists():
+            shutil.copy2(PREBUILT, libraries["cuda"])
         lines = self.ninja_file(torch, Path(pybind11.get_include()), libraries, nvcc)
         (out / "build.ninja").write_text(lines)
         command = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]

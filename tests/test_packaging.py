@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,9 @@ def installed_works(python, tmp_path):
 
 
 def without_isolation(python, tmp_path):
-    run(python, "-m", "pip", "install", "setuptools>=77", "pybind11>=3.0", "ninja", cwd=tmp_path)
+    # Reinstalled: pip sees those of the environment that torch is taken from, whose programs are not on the PATH.
+    tools = ("setuptools>=77", "pybind11>=3.0", "ninja")
+    run(python, "-m", "pip", "install", "--force-reinstall", *tools, cwd=tmp_path)
     return "--no-build-isolation"
 
 
@@ -136,6 +139,83 @@ def test_sdist(tree, python, tmp_path, isolated):
         command.append(without_isolation(python, tmp_path))
     assert_no_torch_was_fetched(run(*command, sdist, cwd=tmp_path, **UNOPTIMISED))
     installed_works(python, tmp_path)
+
+
+# What setup.py asks of a CUDA toolkit, and objects with nothing in them: the way of the library is to be seen here, not
+# minutes of nvcc.
+NVCC = """#!/bin/sh
+case "$1" in
+  --dryrun) echo '#$ TOP={top}' >&2 ;;
+  --version) echo 'release 13.0' ;;
+  *) while [ "$1" != -o ]; do shift; done; g++ -x c++ -c /dev/null -o "$2" ;;
+esac
+"""
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """The path of a compiler that answers like nvcc."""
+    top = tmp_path / "toolkit"
+    for folder in ("bin", "lib64"):
+        (top / folder).mkdir(parents=True)
+    subprocess.run(["ar", "rcs", top / "lib64" / "libcudart_static.a"], check=True)
+    nvcc = top / "bin" / "nvcc"
+    nvcc.write_text(NVCC.format(top=top))
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def packaged(python, tmp_path):
+    """The CUDA library of the package that is installed, which a CPU torch leaves out with its reason."""
+    text = "import fastattn; from fastattn import _cuda_library as c; print(c.PATH); print(c.LIBRARY)"
+    path, reason = run(python, "-c", text, cwd=tmp_path).splitlines()[-2:]
+    assert reason == "this torch is built without CUDA"
+    return Path(path)
+
+
+@pytest.mark.packaging
+def test_the_cuda_library_is_built_into_wheel_install_and_tree(tree, python, tmp_path, toolkit):
+    plain = without_isolation(python, tmp_path)
+    build = {**UNOPTIMISED, "FASTATTN_CUDA": "1", "CUDACXX": str(toolkit)}
+    pip = [python, "-m", "pip"]
+    run(*pip, "wheel", "--no-deps", "-w", tmp_path, plain, tree, cwd=tmp_path, **build)
+    wheel = next(tmp_path.glob("fastattn-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fastattn/_cuda.so" in archive.namelist()
+    assert not (tree / "fastattn" / "_cuda.so").exists()
+    run(*pip, "install", "--no-deps", wheel, cwd=tmp_path)
+    installed = packaged(python, tmp_path)
+    symbols = subprocess.run(["nm", "-D", installed], capture_output=True, text=True, check=True).stdout
+    assert "start_attention_bwd_sm80" in symbols and tree not in installed.parents
+    run(*pip, "install", "--no-deps", plain, "-e", tree, cwd=tmp_path, **build)
+    assert packaged(python, tmp_path) == tree / "fastattn" / "_cuda.so"
+
+
+@pytest.mark.packaging
+@pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable on a CUDA torch"])
+def test_a_cuda_library_in_the_tree_is_taken_as_it_is(tree, python, tmp_path, editable):
+    """On a machine without nvcc, and so `make gpu` on one."""
+    plain = without_isolation(python, tmp_path)
+    prebuilt = tree / "fastattn" / "_cuda.so"
+    prebuilt.write_bytes(b"built elsewhere")
+    tools = tmp_path / "bin"  # a PATH without nvcc
+    tools.mkdir()
+    for name in ("g++", "gcc", "ld", "as", "ar", "sh", "ccache"):
+        if shutil.which(name):
+            (tools / name).symlink_to(shutil.which(name))
+    env = {**UNOPTIMISED, "PATH": f"{python.parent}:{tools}", "CUDA_HOME": "/nowhere"}
+    if editable:
+        own = Path(sysconfig.get_path("purelib")) / "torch"
+        torch = tmp_path / "torch"
+        torch.mkdir()
+        for name in ("include", "lib"):
+            (torch / name).symlink_to(own / name)
+        (torch / "version.py").write_text("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\n")
+        env["FASTATTN_TORCH_DIR"] = str(torch)
+    options = ["--no-deps", *(["-e"] if editable else [])]
+    run(python, "-m", "pip", "install", plain, *options, tree, cwd=tmp_path, **env)
+    where = packaged(python, tmp_path)
+    assert where.read_bytes() == b"built elsewhere" and (where == prebuilt) == editable
 
 
 @pytest.mark.packaging
