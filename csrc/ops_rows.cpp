@@ -14,7 +14,7 @@ void run_softmax(const Tensor& x, int64_t dim, const OptionalTensor& mask, const
   set_softmax(a, x, dim, mask, bias, scale, causal, out);
   if (a.width == 0) return;
   a.rows_per_task = rows_per_task(a.width);
-  a.stream = is_large(out) && a.out.column == 1 && a.out.data != a.x.data;
+  a.stream = outgrow_last_cache({&x, &out}) && a.out.column == 1 && a.out.data != a.x.data;
   a.ahead = outgrows_caches(x);
   const RowKernels& table = kernels().rows;
   const SoftmaxTask task = table.softmax[int(a.x.storage)][a.out.storage == Storage::kFloat];
@@ -42,8 +42,7 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   a.stats = stats;
   const auto apart = [&](const void* out) { return out != a.x.data && out != a.residual.data; };
   a.ahead = outgrows_caches(x);
-  a.stream = (is_large(y) || (sum && outgrow_last_cache({&x, residual, sum, &y}))) && apart(a.y.data) &&
-             (!sum || apart(a.sum.data));
+  a.stream = outgrow_last_cache({&x, residual, sum, &y}) && apart(a.y.data) && (!sum || apart(a.sum.data));
   const RowKernels& table = kernels().rows;
   Weight weight, bias;
   a.weight = weight.get(o.weight, a.width, o.weight_offset, "weight", table);

@@ -32,9 +32,7 @@ std::tuple<Tensor, Tensor> softmax_bwd(const Tensor& dy, const Tensor& y, int64_
   SoftmaxBackwardArgs a{};
   const auto [dx, dbias, rows] = set_softmax_backward(a, dy, y, dim, bias, scale, x_dtype, needs, fresh);
   if (a.width == 0 || a.grid.rows == 0) return {dx, dbias};
-  if (needs[0]) {
-    a.stream = is_large(dx) && !a.gathers();
-  }
+  a.stream = needs[0] && outgrow_last_cache({&dy, &y, &dx}) && !a.gathers();
   a.ahead = outgrows_caches(y);
   const RowKernels& table = kernels().rows;
   const SoftmaxBackwardTask task = table.softmax_backward[int(a.dx.storage)][a.y.storage == Storage::kFloat];
@@ -65,9 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, OptionalTensor dsu
   const auto [dx, dweight, dbias, sums_weight, sums_bias] =
       set_norm_backward(a, dy, dsum, h, stats, row_dims, weight, bias_dtype, rms, needs, fresh);
   if (a.width == 0 || a.grid.rows == 0) return {dx, dweight, dbias};
-  if (needs[0]) {
-    a.stream = is_large(dx);
-  }
+  a.stream = needs[0] && outgrow_last_cache({&dy, &h, &dx});
   a.ahead = outgrows_caches(h);
   const RowKernels& table = kernels().rows;
   Weight converted;
