@@ -369,6 +369,15 @@ def test_bench_cells_tell_everything(fake_bench):
     assert "| bf16-b1-h2-s64-d16 | 3.00 x (" in report.bench_summary(bench)
 
 
+def test_missed_floors_stand_beside_what_the_ceiling_allows(fake_bench):
+    bench = fake_bench([ROW, AREA])
+    assert "### cpu-forward: 1 of 1 floors reached\n\n###" in report.bench_missed(bench)
+    row = bench["rows"][0]
+    row["limits"][0] |= {"floor": 3.5, "met": False}
+    row["share"] = 0.75
+    assert f"| {row['name']}, 1 thread | 3.00 | 3.50 | 75 % | 4.0 |" in report.bench_missed(bench)
+
+
 def test_plots_are_pictures(fake_bench, tmp_path):
     pytest.importorskip("matplotlib")
     areas = [

@@ -27,6 +27,8 @@ from . import report, runner, workloads
 from .machine import instruction_set, introspection, machine, machine_line
 from .progress import Progress
 
+_MARKDOWN = {"full": report.bench_markdown, "summary": report.bench_summary, "missed": report.bench_missed}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="which suites to run; see --list")
@@ -61,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE", type=Path, help="draw the results as PNG (needs matplotlib)"
     )
     parser.add_argument(
-        "--markdown", choices=("full", "summary"), help="print markdown: every column, or ratios by mask"
+        "--markdown",
+        choices=tuple(_MARKDOWN),
+        help="print markdown: every column, ratios by mask, or the floors that were missed",
     )
     parser.add_argument(
         "--isa",
@@ -279,8 +283,7 @@ def _one_line(result: dict[str, Any]) -> str:
 
 def _show(bench: dict[str, Any], arguments: argparse.Namespace, stream) -> None:
     if arguments.markdown:
-        write = report.bench_markdown if arguments.markdown == "full" else report.bench_summary
-        stream.write(write(bench))
+        stream.write(_MARKDOWN[arguments.markdown](bench))
         return
     print(machine_line(bench["machine"]), file=stream)
     rows = [report.bench_cells(row) for row in bench["rows"]]

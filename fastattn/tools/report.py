@@ -70,13 +70,18 @@ def _best_rival(row: Mapping[str, Any]) -> str:
     return f"{name} {row['ratios'][name]['median']:.2f} x"
 
 
+def _against(limit: Mapping[str, Any]) -> str:
+    """What a floor is over and of, where that is not torch and ours."""
+    against = "" if limit["against"] == "torch" else f" over {limit['against']}"
+    return against + ("" if limit["of"] == "ours" else f" of {limit['of']}")
+
+
 def _floor(row: Mapping[str, Any]) -> str:
     texts = []
     for limit in row["limits"]:
         reached = "not measured" if limit["ratio"] is None else f"{limit['ratio']:.2f}"
         word = {True: "ok", False: "MISSED", None: "?"}[limit["met"]]
-        against = "" if limit["against"] == "torch" else f" over {limit['against']}"
-        against += "" if limit["of"] == "ours" else f" of {limit['of']}"
+        against = _against(limit)
         shown = f" (got {reached})" if against or limit["met"] is None else ""
         texts.append(f"{limit['floor']:.2f}{against} {word}{shown}")
     return "; ".join(texts) or "-"
@@ -215,6 +220,36 @@ def bench_summary(bench: Mapping[str, Any]) -> str:
         rows = [(line, *(found.get(column, "") for column in columns)) for line, found in cells.items()]
         if rows:
             parts.append(f"### {suite}\n\n" + markdown_table(["", *columns], rows))
+    return "\n".join(parts)
+
+
+def bench_missed(bench: Mapping[str, Any]) -> str:
+    """The floors that a bench missed, as markdown: a table a suite, with what the ceiling would have allowed.
+
+    "at the ceiling" is the ratio over torch at the whole of the ceiling measured in the run, the ratio divided by the
+    share: a floor above it no kernel reaches on that machine.
+    """
+    parts = [machine_line(bench["machine"]) + "\n"]
+    for suite in dict.fromkeys(row["suite"] for row in bench["rows"]):
+        rows, judged = [], 0
+        for row in bench["rows"]:
+            for limit in row.get("limits", ()) if row["suite"] == suite else ():
+                judged += limit["met"] is not None
+                if limit["met"] is False:
+                    share = row.get("share")
+                    rows.append(
+                        (
+                            f"{row['name']}, {count_of(row['threads'], 'thread')}",
+                            f"{limit['ratio']:.2f}",
+                            f"{limit['floor']:.2f}{_against(limit)}",
+                            f"{100 * share:.0f} %" if share else "-",
+                            f"{limit['ratio'] / share:.1f}" if share and limit["of"] == "ours" else "-",
+                        )
+                    )
+        parts.append(f"### {suite}: {judged - len(rows)} of {judged} floors reached\n")
+        if rows:
+            columns = ("row", "reached", "floor", "share of the ceiling", "at the ceiling")
+            parts.append(markdown_table(columns, rows))
     return "\n".join(parts)
 
 
