@@ -93,7 +93,7 @@ def _refuse_triton(p: Problem) -> str | None:
 
 
 def _refuse_cpu(p: Problem) -> str | None:
-    if p.device.type != "cpu":
+    if p.device.type not in ("cpu", "meta"):
         return f"q is on {p.device.type}"
     if p.dtype == torch.float64:
         return "float64 is computed by the reference"
@@ -154,7 +154,7 @@ def _refuse_rows_triton(p: RowProblem) -> str | None:
 
 
 def _refuse_rows_cpu(p: RowProblem) -> str | None:
-    if p.device.type != "cpu":
+    if p.device.type not in ("cpu", "meta"):
         return f"x is on {p.device.type}"
     reason = _refuse_rows(p)
     if reason is None and p.x.dim() > 9:
@@ -191,7 +191,8 @@ def choose(p: Problem | RowProblem, kernels: tuple[Kernel, ...] = KERNELS) -> Ch
     Raises RuntimeError where `backend=` forces a kernel that refuses, with its reason.
     """
     if p.backend is None:
-        device = p.device.type
+        # On meta tensors the ops compute nothing, they say what their results look like.
+        device = "cpu" if p.device.type == "meta" else p.device.type
         for kernel in kernels:
             if kernel.device in (None, device) and kernel.refuse(p) is None:
                 return Choice(kernel, p, kernels)

@@ -324,7 +324,9 @@ class Explanation:
                 "once and it waits no more"
             )
         self.detail = ""
-        if self.kernel == "cpu":
+        if p.device.type == "meta":
+            self.notes.append("meta tensors have no values: nothing is computed, and a mask is not read")
+        elif self.kernel == "cpu":
             self.detail = f"{_info.isa()} ({_info.isa_reason()})"
         elif self.kernel == "triton":
             self.detail = _triton.explain_attention(p, lowered)

@@ -116,7 +116,7 @@ def _check_out(p: RowProblem, out, name: str, dtype: torch.dtype, others: dict[s
         raise RuntimeError(
             f"{name}= does not support automatic differentiation, but an argument requires grad"
         )
-    if torch.compiler.is_compiling() or out.numel() == 0:
+    if torch.compiler.is_compiling() or out.is_meta or out.numel() == 0:
         return
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
         raise ValueError(f"{name} must not be expanded: several of its elements share memory")

@@ -260,7 +260,11 @@ class Explanation:
         self.kernel = choice.kernel.name
         self.refusals = choice.refusals
         self.notes = list(p.notes)
-        self.detail = f"{_info.isa()} ({_info.isa_reason()})" if self.kernel == "cpu" else ""
+        self.detail = ""
+        if p.device.type == "meta":
+            self.notes.append("meta tensors have no values: nothing is computed")
+        elif self.kernel == "cpu":
+            self.detail = f"{_info.isa()} ({_info.isa_reason()})"
         parts = [p.op, f"x {name_of(p.x.dtype)} {list(p.x.shape)} on {p.device.type}"]
         parts += [f"dim {p.dim}"] if p.op == "softmax" else [f"normalized_shape {list(p.normalized_shape)}"]
         for name, t in (("mask", p.mask), *p.tensors().items()):

@@ -1,15 +1,21 @@
-"""Lowering on an accelerator: which masks make the host wait for it. On torch's meta device nothing has a value, so
-whatever reads one raises."""
+"""Lowering on an accelerator: which masks make the host wait for it. On torch's meta device, taken here for one,
+nothing has a value, so whatever reads one raises."""
 
 import pytest
 import torch
 
 from fastattn import explain, masks
-from fastattn.masks import lower, native
+from fastattn.masks import lower, native, waits
 from fastattn.masks.lower import Lowered
 
 B, H, S = 2, 4, 130
 META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def accelerator(monkeypatch):
+    """The meta device is read like any other."""
+    monkeypatch.setattr(waits, "valueless", lambda device: False)
 
 
 def ints(*shape):
@@ -100,8 +106,7 @@ def test_the_host_reads_values_of(name, monkeypatch):
     assert len(noted) == 1 and words in noted[0]
 
 
-def test_explain_tells(scanned, monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # raises for the meta device
+def test_explain_tells(scanned):
     q = torch.empty(B, H, S, 16, device=META)
     assert "the host waits for the device at each call, to learn how many granules" in str(
         explain(q, q, q, mask=bools(S, S))

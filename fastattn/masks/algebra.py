@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from . import check
+from . import check, waits
 from .leaves import KeySetLeaf, Node, SameIdLeaf
 from .ranges import Ranges, Shape
 from .scan import scan_keys
@@ -503,7 +503,8 @@ def _intervals_of_bounds(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _intervals_of_ids(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Per row the interval of keys with its id, int32 [B or 1, Sq] twice; None where one's keys have gaps."""
+    """Per row the interval of keys with its id, int32 [B or 1, Sq] twice; None where one's keys have gaps, or nobody
+    knows."""
     rows, keys = torch.atleast_2d(rows), torch.atleast_2d(keys)
     B = max(rows.shape[0], keys.shape[0])
     if rows.shape[0] not in (1, B) or keys.shape[0] not in (1, B):
@@ -519,7 +520,9 @@ def _intervals_of_ids(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | Non
     count = last - first
     lo = position.gather(1, first.clamp(max=keys.shape[1] - 1))
     hi = position.gather(1, (last - 1).clamp_(min=0)) + 1
-    if torch.compiler.is_compiling() or not bool(((hi - lo == count) | (count == 0)).all()):
+    if torch.compiler.is_compiling() or waits.valueless(count.device):
+        return None
+    if not bool(((hi - lo == count) | (count == 0)).all()):
         return None
     return lo.masked_fill_(count == 0, 0).to(torch.int32), hi.masked_fill_(count == 0, 0).to(torch.int32)
 

@@ -229,6 +229,8 @@ def lower(mask: Masklike, B: int, Hq: int, Hkv: int, Sq: int, Sk: int, device) -
 
     Tensors of the result lie on `device`. Raises ValueError or TypeError naming the mask and the argument
     where they do not fit.
+
+    On the meta device no tensor has values: the result has the mask's ranges as far as they need none, and no bits.
     """
     device = _device(device)
     if isinstance(mask, Prepared):
@@ -237,7 +239,7 @@ def lower(mask: Masklike, B: int, Hq: int, Hkv: int, Sq: int, Sk: int, device) -
     if mask is None:
         return Lowered(B, Hq, Sq, Sk, device)
     shape = Shape(B, Hq, Sq, Sk, device)
-    if device.type == "cpu" or torch.compiler.is_compiling():
+    if device.type == "cpu" or waits.valueless(device) or torch.compiler.is_compiling():
         return _lower(mask, shape)
     with waits.noted() as reasons:
         lowered = _lower(mask, shape)
@@ -261,7 +263,7 @@ def _lower(mask: Mask | Tensor, shape: Shape) -> Lowered:
             rest.append(part)
         else:
             ranges = ranges & part.ranges
-    if Sq == 0 or Sk == 0:
+    if Sq == 0 or Sk == 0 or waits.valueless(shape.device):
         return _lowered(ranges, None, shape)
     bits = _bits_of(rest, ranges, shape)
     return _lowered(ranges, bits, shape)
@@ -401,7 +403,9 @@ def from_tensor(
     shape = Shape(B, Hq, Sq, Sk, attn_mask.device)
     additive, learned = attn_mask.dtype != torch.bool, attn_mask.requires_grad
     ranges, bits, finite = interval.EVERYTHING, None, False
-    if B and Hq and Sq and Sk:
+    if waits.valueless(shape.device):
+        finite = additive
+    elif B and Hq and Sq and Sk:
         once = unbroadcast(whole.detach())
         if once.shape[2] > 1 and once.shape[3] > 1:
             bits, finite = scan_tensor(once, shape)

@@ -65,8 +65,8 @@ def visible(tensor: Tensor) -> Tensor:
 
 
 class Keys(NamedTuple):
-    """ranges: what a tensor without rows shows, None where some plane's keys have gaps (or torch.compile traces
-    and nobody knows). finite: a float tensor holds something other than 0 and -inf."""
+    """ranges: what a tensor without rows shows, None where some plane's keys have gaps (or nobody knows: torch.compile
+    traces, or it is a meta tensor). finite: a float tensor holds something other than 0 and -inf."""
 
     ranges: Ranges | None
     finite: bool
@@ -79,7 +79,7 @@ def scan_keys(tensor: Tensor) -> Keys:
     """
     if tensor.numel() == 0:
         return Keys(Ranges(), False)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or waits.valueless(tensor.device):
         return Keys(None, tensor.dtype != torch.bool)
     if native.serves(tensor.device):
         lo, hi, flags = native.keys(tensor)

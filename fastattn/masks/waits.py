@@ -1,4 +1,5 @@
-"""Where lowering makes the host wait for an accelerator: a result whose form or size depends on a mask's values."""
+"""Where lowering makes the host wait for an accelerator: a result whose form or size depends on a mask's values; and
+the device on which nothing has any."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ from contextvars import ContextVar
 import torch
 
 _reasons: ContextVar[list[str] | None] = ContextVar("reasons", default=None)
+
+
+def valueless(device: torch.device) -> bool:
+    """Whether no tensor of a device has values: torch's meta device. What lowering would read stays unknown there."""
+    return device.type == "meta"
 
 
 def note(device: torch.device, reason: str) -> None:

@@ -65,7 +65,7 @@ def split(t: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(what a mask shows, what it adds): a bool one adds nothing, nor does a float one of only 0 and -inf."""
     if t.dtype == torch.bool:
         return ~t, None
-    if not t.requires_grad and not torch.compiler.is_compiling():
+    if not (t.requires_grad or t.is_meta or torch.compiler.is_compiling()):
         shown = t == 0
         if bool((shown | (t == -math.inf)).all()):
             return shown, None

@@ -68,8 +68,10 @@ class Packing:
         return flat.index_copy(0, self.index, x.flatten(0, 1)).unflatten(0, self.lead)
 
 
-def _untraceable() -> str | None:
+def _untraceable(padding: Tensor) -> str | None:
     """Why the number of tokens cannot be looked at now."""
+    if padding.is_meta:
+        return "the number of tokens is data, and meta tensors have none"
     if torch.compiler.is_compiling():
         return "the number of tokens is data, and a traced graph has fixed sizes"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -88,7 +90,7 @@ def plan(
         heads: of the attention.
         lead: the first two sizes of the batch, [B, S] or [S, B].
     """
-    reason = _untraceable()
+    reason = _untraceable(padding)
     if reason is not None:
         return reason
     kept, bias = split(padding)
@@ -116,7 +118,7 @@ def plan_keys(padding: Tensor, mask: Maskish, heads: int, rows: int) -> tuple[Te
     Returns the places of the real keys among all B * S, and what the B * rows query rows, in order of items, see of
     them.
     """
-    if _untraceable() is not None or isinstance(mask, (Tensor, Prepared, Visibility)):
+    if _untraceable(padding) is not None or isinstance(mask, (Tensor, Prepared, Visibility)):
         return None
     kept, _ = split(padding)
     if kept is None:
