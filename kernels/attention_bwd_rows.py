@@ -1,31 +1,37 @@
 """The backward's pass over rows, which comes before all others, and what they read of it.
 
-delta = sum(dO * O) - dlse, the LSE as exponents take it, a block's part of the sinks' gradient, and the keys that each
-block of rows sees.
+delta = sum(dO * O) - dlse, exponents, the sinks' gradient, and the keys that each block sees.
 """
+
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 
+from . import launch
+from .aot_case import TARGETS, AotCase
 from .mask import FAR, blocks, extent, row_bounds
 from .tiles import load_part
 
 # Blocks of rows whose extents a program of the pass over keys reads at once.
 SCAN = tl.constexpr(128)
+ROW_WARPS = 4  # at the widest head and the most rows two tiles of 64 numbers a thread
+_STRIDES = [f"{t}_{s}" for t in ("out", "dout", "lo", "hi") for s in ("batch", "head", "row")]
+_COUNTS = ["Hq", "Sq", "Sk", "n_blocks", "band_lo", "band_hi"]
 
 
-@triton.jit(do_not_specialize=["Hq", "Sq", "Sk", "n_blocks", "band_lo", "band_hi"])
+@triton.jit(do_not_specialize=[*_STRIDES, *_COUNTS])
 def row_kernel(
-    out, out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64,
-    dout, dout_batch: tl.int64, dout_head: tl.int64, dout_row: tl.int64,
-    lse, dlse, sinks, exponent, delta, dsinks, extents,
+    out, out_batch: tl.int64, out_head: tl.int64, out_row: tl.int64, dout, dout_batch: tl.int64,
+    dout_head: tl.int64, dout_row: tl.int64, lse, dlse, sinks, exponent, delta, dsinks, extents,
     Hq: tl.int32, Sq: tl.int32, Sk: tl.int32, n_blocks: tl.int32, band_lo: tl.int32, band_hi: tl.int32,
-    lo, lo_batch: tl.int64, lo_head: tl.int64, lo_row: tl.int64,
-    hi, hi_batch: tl.int64, hi_head: tl.int64, hi_row: tl.int64,
-    unit: tl.float32, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
+    lo, lo_batch: tl.int64, lo_head: tl.int64, lo_row: tl.int64, hi, hi_batch: tl.int64, hi_head: tl.int64,
+    hi_row: tl.int64, unit: tl.float32, UNIT: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """exponent: of weights, in `unit`s of a natural logarithm; +inf for rows that see nothing. delta: what the
-    softmax's derivative takes off. dsinks: float32 a block. extents: int32 [n_blocks, 4] a head, see mask.extent."""
+    """exponent: in `unit`s of a natural logarithm, +inf for rows that see nothing. extents: see mask.extent. UNIT: as
+    in backward_kernel, of out's and dout's strides."""
+    out_batch, out_head, out_row = out_batch * UNIT, out_head * UNIT, out_row * UNIT
+    dout_batch, dout_head, dout_row = dout_batch * UNIT, dout_head * UNIT, dout_row * UNIT
     pid = tl.program_id(0)
     plane, m_block = pid // n_blocks, pid % n_blocks
     i_b, i_h = plane // Hq, plane % Hq
@@ -103,3 +109,27 @@ def rows_that_see(first, end, p_extents, n_blocks, band_lo, band_hi, Sq, M: tl.c
         full = tl.where(n_full == stop - start, start, stop)
         full_end = stop
     return start, full, full_end, stop
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """With everything that a call may bring."""
+    for dtype, width in (("bf16", 128), ("bf16", 256), ("fp32", 256)):
+        for target in TARGETS:
+            tile = launch.attention_bwd(target, 4 if dtype == "fp32" else 2, width, True, False, "keys")
+            floats = ("lse", "dlse", "sinks", "exponent", "delta", "dsinks")
+            pointers = dict.fromkeys(("out", "dout"), f"*{dtype}") | dict.fromkeys(floats, "*fp32")
+            pointers |= dict.fromkeys(("lo", "hi", "extents"), "*i32")
+            signature = pointers | dict.fromkeys(_STRIDES, "i64") | dict.fromkeys(_COUNTS, "i32")
+            signature |= {"unit": "fp32"}
+            constexprs = {"UNIT": 4 if dtype == "fp32" else 8, "DV": width, "BLOCK_DV": width, "M": tile.M}
+            yield AotCase(
+                f"rows_{dtype}_d{width}",
+                row_kernel,
+                signature,
+                constexprs,
+                ROW_WARPS,
+                3,
+                tuple(pointers),
+                False,
+                (target,),
+            )

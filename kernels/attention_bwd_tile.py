@@ -16,6 +16,7 @@ from .mask import FAR, GRANULE, row_bounds
 from .online_softmax import LOG2E
 from .philox import dropout_keep
 from .score import tanh
+from .tiles import load_part
 
 
 @triton.jit
@@ -148,7 +149,25 @@ def weights(b_s, m_seen, rows, scale, softcap, b_bias, slope, distance, PLAIN: t
 
 
 @triton.jit
+def product(a, b, WIDTH: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T. With CHUNK both are (pointer, rows, stride, which rows exist), read CHUNK columns at a time: products on
+    the FMA units hold all the columns of a step in registers."""
+    if CHUNK > 0:
+        p_a, o_a, a_row, m_a = a
+        p_b, o_b, b_row, m_b = b
+        b_ab = tl.zeros([o_a.shape[0], o_b.shape[0]], tl.float32)
+        for c in tl.static_range(0, WIDTH, CHUNK):
+            b_a = load_part(p_a, o_a, a_row, m_a, c, CHUNK, D, True)
+            b_b = load_part(p_b, o_b, b_row, m_b, c, CHUNK, D, True)
+            b_ab = tl.dot(b_a, tl.trans(b_b), b_ab, input_precision=PRECISION)
+    else:
+        b_ab = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return b_ab
+
+
+@triton.jit
 def gradients(call, head, rows, b_seed, b_q, b_do, b_k, b_v, o_i, o_j, b_k_pos, p_tiles, tile, i_b, i_h,
+              D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
               PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
               M: tl.constexpr, N: tl.constexpr, SUM_ONLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """P as it multiplies V, dS by the biased score, dS by q.k * scale, the mask, and |q_pos - k_pos|, of one tile.
@@ -161,11 +180,11 @@ def gradients(call, head, rows, b_seed, b_q, b_do, b_k, b_v, o_i, o_j, b_k_pos, 
     _, Sq, Sk = sizes
     _, b_delta, _, b_lo, b_hi, b_q_pos = rows
     if TRANSPOSED:
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_s = product(b_k, b_q, BLOCK_D, D, CHUNK, PRECISION)
+        b_dp = product(b_v, b_do, BLOCK_DV, DV, CHUNK, PRECISION)
     else:
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_s = product(b_q, b_k, BLOCK_D, D, CHUNK, PRECISION)
+        b_dp = product(b_do, b_v, BLOCK_DV, DV, CHUNK, PRECISION)
     m_seen = seen_of(o_i, o_j, b_lo, b_hi, p_tiles, tile, TRANSPOSED)
     b_bias = None
     if bias is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 
 # What is left of shared memory for K and V tiles decides the stages; in bytes a block may take.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
@@ -131,24 +132,54 @@ def attention_candidates(
 # --- attention backward ---
 
 
-def attention_bwd(arch: str, itemsize: int, width: int, bits: bool, keys: bool) -> AttentionLaunch:
-    """The passes over keys (`keys`: M rows a step by N keys that stay) and over queries (the other way round).
+def attention_bwd(
+    arch: str, itemsize: int, width: int, bits: bool, terms: bool, which: str
+) -> AttentionLaunch:
+    """Of the passes "keys" (M rows a step by N keys that stay), "queries" (the other way round) and "bias" (one tile).
 
-    width: the wider of the two heads, padded to a power of two. bits: tiles are granules or parts of them.
+    width: the wider of the two heads, padded to a power of two. bits: tiles are granules or parts of them. terms: bias,
+    ALiBi, softcap or dropout. The tiles are large ones that spill in no form of the mask (kernels/resources.md).
     """
+    amd, keys = arch.startswith("gfx"), which == "keys"
+    old = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9)
+    # AMD has 512 registers a lane for 4 warps, as many as NVIDIA has for 8.
+    warps = 4 if amd else 8
     if itemsize == 4:
-        # IEEE products run on the FMA units: small tiles, or the accumulators spill.
-        m, n = {64: (32, 32), 128: (16, 32)}.get(max(width, 64), (16, 16))
-        return AttentionLaunch(*((m, n) if keys else (n, m)), 8, 1)
+        # IEEE products run on the FMA units, which hold whole rows and columns of a step in registers.
+        if arch == "interpreter":
+            return AttentionLaunch(*((32, 64) if keys else (64, 32)), warps, 1, 32)
+        # Columns of a product at a time: Triton 3.6 keeps in registers what it reads of all of them.
+        if old:
+            chunk = 64 if terms and arch == "sm_120" else 16
+        else:
+            chunk = width if which != "bias" and not amd and (terms or keys and arch == "sm_80") else 16
+        stay = 16 if terms or width > 128 else 32
+        return AttentionLaunch(*((16, stay) if keys else (stay, 16)), warps, 1, chunk)
+    if which == "bias":
+        # No sums over rows or keys: all that grows with the head are the operands, 32 columns of them at a time.
+        return AttentionLaunch(16, 32, warps, 1, 32 if width > 64 else 0)
     # Two tiles of operands a stage have to fit beside the two that stay.
     stages = 1 if arch in ("sm_120", "gfx942") or width > 128 else 2
+    if terms and arch != "interpreter":
+        # Bias, distance, slope of the softcap and dropout's words are each a tile as large as the scores.
+        if keys:
+            return AttentionLaunch(16, {64: 64, 128: 32}.get(max(width, 64), 16), warps, stages)
+        return AttentionLaunch(
+            *((32, 32) if width <= 64 else (32, 16) if width <= 128 else (16, 32)), warps, stages
+        )
     if width > 128:
-        return AttentionLaunch(32, 32, 8, stages)
+        return AttentionLaunch(32, 32, warps, stages)
     if not keys:
-        if bits or arch in ("sm_80", "interpreter"):
-            return AttentionLaunch(64, 64, 4 if width <= 64 else 8, stages)
-        return AttentionLaunch(128, 64, 8, stages)
+        # mma's operands, Q and dO of all rows, stay in registers.
+        if width <= 64 and arch in ("sm_80", "sm_120"):
+            return AttentionLaunch(64, 32, warps, stages)
+        if bits or amd or arch in ("sm_80", "sm_120", "interpreter") or (arch == "sm_100" and width <= 64):
+            return AttentionLaunch(64, 64, warps, stages)
+        return AttentionLaunch(128, 64, warps, stages)
+    if arch == "sm_100" and not bits:
+        # A pipeline around tensor memory keeps what the sums' copies need, twice the registers of none.
+        stages = 1
     # dK and dV of N keys, S and dP of M x N and the rows' statistics are what 255 registers have to hold.
     if width <= 64 and arch in ("sm_90", "sm_100"):
-        return AttentionLaunch(64, 64 if bits else 128, 8, stages)
-    return AttentionLaunch(32, 64, 8, stages)
+        return AttentionLaunch(64, 64 if bits or arch == "sm_90" else 128, warps, stages)
+    return AttentionLaunch(32, 32 if bits and width <= 64 and arch == "sm_80" else 64, warps, stages)

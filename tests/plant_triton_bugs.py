@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from planted_triton import BUGS, Bug
+from planted_triton_backward import BUGS as BACKWARD_BUGS
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -71,7 +72,7 @@ def main() -> int:
         for folder in ("fastattn", "kernels", "tests"):
             shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", tree)
-        for bug in BUGS:
+        for bug in [*BUGS, *BACKWARD_BUGS]:
             if not bug.name.startswith(tuple(args.bugs)):
                 continue
             path, text = plant(bug, tree)

@@ -33,10 +33,6 @@ def entry_kernels() -> set[tuple[str, str]]:
     return {(module, name) for module, name in made if name not in used}
 
 
-# Their cases come with the end of their spills.
-WITHOUT_CASES = {m for m in ("attention_bwd", "attention_bwd_rows") if m not in aot.modules()}
-
-
 def test_every_kernel_is_compiled(triton_device):  # decorates the kernels as the other tests want them
     compiled = set()
     for module in aot.modules():
@@ -45,7 +41,7 @@ def test_every_kernel_is_compiled(triton_device):  # decorates the kernels as th
         }
     kernels = entry_kernels()
     assert ("attention", "attention_kernel") in kernels and len(kernels) > 10
-    assert {k for k in kernels if k[0] not in WITHOUT_CASES} == compiled
+    assert kernels == compiled
 
 
 def run(*command):

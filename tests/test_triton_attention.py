@@ -553,5 +553,6 @@ def test_a_new_length_compiles_nothing():
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1])
     one = {name: [1, 0] for name in ("plain", "causal", "narrow", "padding")}
+    one |= {name: [1, 2] for name in ("backward", "causal backward", "padding backward")}
     assert told == {**one, "decode": [1, 1], "prefill": told["prefill"]}
     assert told["prefill"][0] <= 5

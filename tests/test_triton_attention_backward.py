@@ -198,6 +198,26 @@ def test_keys_hidden_from_every_row_hold_anything(form):
     assert all(torch.equal(clean[n], poisoned[n]) for n in clean)
 
 
+@pytest.mark.parametrize("form", ["ranges", "bits", "both", "bias"])
+def test_rows_that_see_nothing_hold_anything(form):
+    q, k, v, dout = inputs(1, 2, 1, 70, 100, 16, 16)
+    some = torch.ones(70, 1, dtype=torch.bool)
+    some[[0, 33, 69]] = False
+    dense = some & (torch.rand(70, 100) < 0.7)
+    given = {
+        "ranges": {"mask": masks.Dense(some) & masks.CausalLowerRight()},
+        "bits": {"mask": dense},
+        "both": {"mask": masks.Dense(dense) & masks.CausalLowerRight()},
+        "bias": {"bias": torch.where(some, torch.randn(70, 100), -math.inf)},
+    }[form]
+    clean = gradients(attend, {"q": q, "k": k, "v": v} | given, dout)
+    hidden = ~some[:, 0]
+    q[:, :, hidden], dout[:, :, hidden] = math.nan, math.inf
+    poisoned = gradients(attend, {"q": q, "k": k, "v": v} | given, dout)
+    assert all(torch.equal(clean[n], poisoned[n]) and (clean[n] != 0).any() for n in clean)
+    assert (clean["q"][:, :, hidden] == 0).all()
+
+
 def test_rows_of_the_lowest_finite_bias():
     """Nothing else is visible to them, so their weights are equal; an LSE of fp32 cannot say of how many."""
     q, k, v, dout = inputs(1, 2, 1, 70, 130, 16, 16)
@@ -233,6 +253,31 @@ def backward_op(dout, q, k, v, out, lse, dlse=None, needs=(1, 1, 1, 0, 0, 0), gr
     return torch.ops.fastattn_triton.attention_bwd(
         dout, dlse, q, k, v, out, lse, *arguments, [bool(n) for n in needs], grads_fp32
     )
+
+
+def test_logical_places():
+    """Of rows and keys, in ALiBi and in dropout's counter."""
+    q, k, v, dout = inputs(2, 2, 1, 40, 50, 16, 16)
+    places = {"q_pos": torch.randint(0, 90, (2, 40)).int(), "k_pos": torch.randint(0, 90, (1, 50)).int()}
+    drop = {"dropout_p": 0.3, "dropout_seed": torch.tensor(7)}
+    leaves = {n: t.double().requires_grad_() for n, t in zip("qkv", (q, k, v), strict=True)}
+    leaves["alibi_slopes"] = torch.tensor([0.1, 0.05], dtype=torch.float64, requires_grad=True)
+    out, lse = reference.attention(**leaves, **places, **drop, return_lse=True)
+    exact = torch.autograd.grad(out, list(leaves.values()), dout.double())
+    slopes = leaves["alibi_slopes"].detach().float()[None]
+    ours = backward_op(
+        dout, q, k, v, out.detach().float(), lse.detach().float(), needs=(1, 1, 1, 0, 1, 0), alibi_slopes=slopes,
+        **places, **drop,
+    )  # fmt: skip
+    for name, got, right in zip(leaves, (*ours[:3], ours[4][0]), exact, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_many_blocks_of_rows():
+    """More than the pass over keys reads the extents of at once."""
+    q, k, v, dout = inputs(1, 1, 1, 4200, 20, 16, 16)
+    visible = (torch.arange(20) < 17).expand(4200, 20)
+    check({"q": q, "k": k, "v": v, "mask": visible}, dout, mask=masks.KeyPadding(torch.tensor([17])))
 
 
 def test_chunks_of_many():

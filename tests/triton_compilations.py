@@ -11,7 +11,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastattn import _triton
 
-ATTENTION, DECODE = _triton.module("attention"), _triton.module("decode")
+ATTENTION, DECODE, BACKWARD = (_triton.module(name) for name in ("attention", "decode", "attention_bwd"))
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -48,6 +48,25 @@ def compiled(shapes, **given) -> list[int]:
     return [len(kernel.keys), len(merge.keys)]
 
 
+def backward(shapes, **given) -> list[int]:
+    """How many (row, pass) kernels the backward of such calls takes: of passes, one over rows and one over keys."""
+    rows, passes = Recorder(BACKWARD.row_kernel), Recorder(BACKWARD.backward_kernel)
+    originals = BACKWARD.row_kernel, BACKWARD.backward_kernel
+    BACKWARD.row_kernel, BACKWARD.backward_kernel = rows, passes
+    try:
+        for B, Hq, Hkv, Sq, Sk, D in shapes:
+            q, k = torch.empty(B, Hq, Sq, D).half(), torch.empty(B, Hkv, Sk, D).half()
+            band = given.get("band_hi", lambda Sq, Sk: None)(Sq, Sk)
+            hi = given["hi"](B, Hq, Sq, Sk) if "hi" in given else None
+            BACKWARD.attention_bwd(
+                q, None, q, k, k, q, torch.empty(B, Hq, Sq), D**-0.5, None, band, None, hi, *[None] * 7, 0.0, 0.0,
+                *[None] * 8, [True] * 3 + [False] * 3, False,
+            )  # fmt: skip
+    finally:
+        BACKWARD.row_kernel, BACKWARD.backward_kernel = originals
+    return [len(rows.keys), len(passes.keys)]
+
+
 LENGTHS = (65, 66, 80, 127, 128, 129, 256, 511, 513, 1000, 1024, 2047)
 LONG = (513, 514, 528, 1024, 1025, 3000, 4096)
 print(
@@ -61,6 +80,14 @@ print(
             "padding": compiled(
                 [(2, 4, 2, n, n, 64) for n in LENGTHS],
                 hi=lambda B, H, Sq, Sk: torch.full((B, 1, 1), Sk, dtype=torch.int32).expand(B, H, Sq),
+            ),
+            "backward": backward([(2, 4, 2, n, n, 64) for n in LENGTHS] + [(3, 2, 2, 90, 7, 64)]),
+            "causal backward": backward(
+                [(2, 4, 2, n, n + 3, 40) for n in LENGTHS], band_hi=lambda Sq, Sk: Sk - Sq
+            ),
+            "padding backward": backward(
+                [(2, 4, 2, n, n, 64) for n in LENGTHS],
+                hi=lambda B, H, Sq, Sk: torch.full((B, H, Sq), Sk, dtype=torch.int32),
             ),
             "decode": compiled([(b, 4, 2, 1, n, 64) for n in LONG for b in (1, 2, 17)]),
             "prefill": compiled([(1, 4, 2, n, n, 64) for n in range(1, 200, 3)]),
