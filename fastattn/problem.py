@@ -205,8 +205,7 @@ def _canonical_score_tensor(t: Tensor, name: str, p: Problem) -> Tensor:
                     else ""
                 )
             )
-    if t.device != p.device:
-        raise ValueError(f"{name} must be on {p.device} like q, got {t.device}")
+    _check_device(t, name, p)
     if len(p.lead) == 2:
         return t[(None,) * (4 - t.dim())]
     if t.dim() == 2:
@@ -214,6 +213,11 @@ def _canonical_score_tensor(t: Tensor, name: str, p: Problem) -> Tensor:
     if len(p.lead) == 1:
         return t.unsqueeze(1)
     return t.expand(*p.lead, *t.shape[-2:]).reshape(p.B, p.Hq, *t.shape[-2:])
+
+
+def _check_device(t: Tensor, name: str, p: Problem) -> None:
+    if t.device != p.device:
+        raise ValueError(f"{name} must be on {p.device} like q, got {t.device}")
 
 
 def _check_score_dtype(t: Tensor, name: str, p: Problem, boolean: bool) -> None:
@@ -334,10 +338,12 @@ def attention_problem(
             raise ValueError(
                 f"alibi_slopes must be a tensor [{p.Hq}] or [{p.B}, {p.Hq}], got {_kind(alibi_slopes)}"
             )
+        _check_device(alibi_slopes, "alibi_slopes", p)
         p.alibi_slopes = alibi_slopes
     if sinks is not None:
         if not isinstance(sinks, Tensor) or tuple(sinks.shape) != (p.Hq,):
             raise ValueError(f"sinks must be a tensor [{p.Hq}], one a query head, got {_kind(sinks)}")
+        _check_device(sinks, "sinks", p)
         p.sinks = sinks
     p.dropout_seed = _seed(p, dropout_seed, generator)
     if out is not None:

@@ -150,11 +150,15 @@ def attention_bwd(
             return AttentionLaunch(*((32, 64) if keys else (64, 32)), warps, 1, 32)
         # Columns of a product at a time: Triton 3.6 keeps in registers what it reads of all of them.
         if old:
-            chunk = 64 if terms and arch == "sm_120" else 16
+            chunk = (
+                64 if terms and arch == "sm_120" else 32 if terms and arch == "sm_80" and width <= 128 else 16
+            )
         else:
             chunk = width if which != "bias" and not amd and (terms or keys and arch == "sm_80") else 16
         stay = 16 if terms or width > 128 else 32
-        return AttentionLaunch(*((16, stay) if keys else (stay, 16)), warps, 1, chunk)
+        # In two stages Triton 3.6 schedules the loop anew, and 8 bytes that spill find a register.
+        stages = 2 if old and keys and terms and arch == "sm_80" and width > 128 else 1
+        return AttentionLaunch(*((16, stay) if keys else (stay, 16)), warps, stages, chunk)
     if which == "bias":
         # No sums over rows or keys: all that grows with the head are the operands, 32 columns of them at a time.
         return AttentionLaunch(16, 32, warps, 1, 32 if width > 64 else 0)

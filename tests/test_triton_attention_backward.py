@@ -22,6 +22,8 @@ SHAPES = [
     (1, 1, 1, 127, 131, 40, 72),
     (1, 3, 1, 129, 33, 111, 7),
     (1, 2, 2, 31, 97, 128, 256),
+    (1, 2, 1, 20, 33, 96, 192),
+    (1, 1, 1, 33, 20, 192, 96),
 ]
 attend = functools.partial(fastattn.attention, backend="triton")
 
@@ -346,6 +348,22 @@ def test_the_same_bits_at_each_repeat_and_in_any_batch():
         )
         got = gradients(attend, one, dout[b : b + 1])
         assert all(torch.equal(want[n][b : b + 1], got[n]) for n in "qkv")
+
+
+def test_strides_past_two_to_the_31():
+    """A huge stride over few elements: the memory between them is never touched."""
+    room = torch.empty(3 * (2**30 + 8) + 4096, dtype=torch.float16)
+    room = room.as_strided((1, 4, 9, 32), (0, 2**30 + 8, 32, 1))
+    q, k, v, dout = inputs(1, 4, 4, 9, 9, 32, 32, torch.float16)
+    want = gradients(attend, {"q": q, "k": k, "v": v}, dout)
+    for leaf in ("q", "k", "v", "dout"):
+        leaves = {"q": q, "k": k, "v": v, "dout": dout}
+        leaves[leaf] = room.copy_(leaves[leaf]).detach()
+        far = leaves.pop("dout")
+        leaves = {n: t.detach().requires_grad_() for n, t in leaves.items()}
+        out = attend(**leaves)
+        for name, got in zip(leaves, torch.autograd.grad(out, list(leaves.values()), far), strict=True):
+            assert torch.equal(got, want[name]), (leaf, name)
 
 
 def test_lse_alone():
