@@ -91,7 +91,7 @@ BUGS = [
         ROWS,
         "all_lo = tl.maximum(end - 1 - band_hi, lo)",
         "all_lo = tl.maximum(end - 2 - band_hi, lo)",
-        TO_THE_KEY,
+        "one_row_into",
     ),
     _bug("backward: rows whole by their extents", ROWS, "n_full == stop - start", "n_full > 0", TO_THE_KEY),
     _bug(

@@ -183,6 +183,15 @@ def test_masks_to_the_key(name, device):
     assert ((dbias != 0) | ~visible | (n == 1)).float().mean() > 0.999  # a difference may round to 0
 
 
+@pytest.mark.parametrize("left,right", [(30, 30), (31, 62), (62, 31), (63, 94)])
+def test_windows_that_end_one_row_into_a_tile(left, right):
+    """Which blocks are seen whole: one row or key more or less is another answer at these widths."""
+    q, k, v, dout = inputs(1, 1, 1, 200, 200, 16, 16)
+    i, j = torch.arange(200)[:, None], torch.arange(200)
+    visible = (j >= i - left) & (j <= i + right)
+    check({"q": q, "k": k, "v": v, "mask": visible}, dout, mask=masks.SlidingWindow(left, right))
+
+
 @pytest.mark.parametrize("form", ["ranges", "bits", "bias"])
 def test_keys_hidden_from_every_row_hold_anything(form):
     q, k, v, dout = inputs(2, 2, 1, 70, 100, 16, 16)
