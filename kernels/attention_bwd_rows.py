@@ -3,6 +3,7 @@
 delta = sum(dO * O) - dlse, exponents, the sinks' gradient, and the keys that each block sees.
 """
 
+import math
 from collections.abc import Iterator
 
 import triton
@@ -15,6 +16,7 @@ from .tiles import load_part
 
 # Blocks of rows whose extents a program of the pass over keys reads at once.
 SCAN = tl.constexpr(128)
+TINY_GATE, TINY_EXPONENT = tl.constexpr(2.0**-100), tl.constexpr(100 * math.log(2))
 ROW_WARPS = 4  # at the widest head and the most rows two tiles of 64 numbers a thread
 _STRIDES = [f"{t}_{s}" for t in ("out", "dout", "lo", "hi") for s in ("batch", "head", "row")]
 _COUNTS = ["Hq", "Sq", "Sk", "n_blocks", "band_lo", "band_hi"]
@@ -71,9 +73,9 @@ def row_kernel(
             tl.store(dsinks + pid, -tl.sum(tl.where(m_some, b_delta * tl.exp(sink - b_gated), 0.0)))
     if dlse is not None:
         # The gradient of LSE weighs P itself. Below 2^-100 the gate no longer matters, but must not be 0.
-        tiny = b_gate < 7.9e-31
-        b_gate = tl.where(tiny, 7.9e-31, b_gate)
-        b_gated = tl.where(tiny, b_lse + 69.3, b_gated)
+        tiny = b_gate < TINY_GATE
+        b_gate = tl.where(tiny, TINY_GATE, b_gate)
+        b_gated = tl.where(tiny, b_lse + TINY_EXPONENT, b_gated)
         b_delta -= tl.load(dlse + o, mask=m_i, other=0.0) / b_gate
     tl.store(exponent + o, tl.where(m_some, b_gated * unit, float("inf")), mask=m_i)
     tl.store(delta + o, tl.where(m_some, b_delta, 0.0), mask=m_i)

@@ -467,7 +467,7 @@ def test_chunks_of_many(dtype):
 def test_differentiable_lse_alone():
     q, k, v, _ = inputs(1, 2, 2, 33, 65, 16, 16)
     dlse = torch.randn(1, 2, 33)
-    for sinks in (None, torch.tensor([60.0, -3.0])):
+    for sinks in (None, torch.tensor([60.0, -3.0]), torch.tensor([200.0, -3.0])):
         q.requires_grad_(), k.requires_grad_()
         _, lse = fastattn.attention(q, k, v, sinks=sinks, return_lse=True)
         got = torch.autograd.grad(lse, (q, k), dlse)

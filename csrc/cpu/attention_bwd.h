@@ -61,7 +61,7 @@ class BackwardRows {
       }
       // The gradient of lse weighs P itself. Below 2^-100 the gate no longer matters, but must not be 0.
       if (a.dlse) {
-        if (gate < 7.9e-31f) gate = 7.9e-31f, gated = lse + 69.3f;
+        if (gate < 0x1p-100f) gate = 0x1p-100f, gated = lse + 69.31471806f;
         delta -= a.dlse[at + r] / gate;
       }
       a.exponent[at + r] = gated * unit, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
