@@ -60,7 +60,7 @@ BUGS = [
         "attention",
         "(tile >= 0) | (first < all_lo) | (first + N > all_hi)",
         "(tile >= 0) | (first < all_lo)",
-        "nothing",
+        "every_row_sees or dense",
     ),
     Bug("bits: the rows' granule", "attention", "start // GRANULE", "start // M", "tiles_of_each"),
     # Scores.
