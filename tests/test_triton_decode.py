@@ -50,7 +50,12 @@ ROUTES = [
 def test_routes(Sq, Hq, Hkv, Sk, splits, dtype):
     q, k, v = inputs(2, Hq, Hkv, Sq, Sk, 32, dtype)
     assert splits_of(q, k, v) == splits
-    features = {"sinks": torch.randn(Hq), "dropout_p": 0.2, "dropout_seed": 5, "alibi_slopes": torch.rand(Hq) * 0.01}
+    features = {
+        "sinks": torch.randn(Hq),
+        "dropout_p": 0.2,
+        "dropout_seed": 5,
+        "alibi_slopes": torch.rand(Hq) * 0.01,
+    }
     mask = masks.CausalLowerRight()
     wide = [t.double() for t in (q, k, v)]
     dense = mask.to_dense(Sq, Sk).to(q.device)
