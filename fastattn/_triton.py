@@ -44,6 +44,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def release() -> tuple[int, ...]:
+    """Triton's version, of which the first two numbers decide."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
+
+
 @cache
 def unusable(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run for tensors of this device, or None."""
@@ -53,8 +60,7 @@ def unusable(device: torch.device) -> str | None:
         import triton
     except Exception as error:  # a broken install is a reason not to use it, not to fail
         return f"triton does not import ({error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
-    if version < OLDEST:
+    if release() < OLDEST:
         return f"triton is {triton.__version__}, the kernels need {'.'.join(map(str, OLDEST))} or newer"
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -88,8 +94,7 @@ def unusable_attention(device: torch.device) -> str | None:
         return None
     import triton
 
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2] if part.isdigit())
-    if torch.cuda.get_device_capability(device)[0] == 10 and version < OLDEST_FOR_ATTENTION["sm_100"]:
+    if torch.cuda.get_device_capability(device)[0] == 10 and release() < OLDEST_FOR_ATTENTION["sm_100"]:
         return f"triton is {triton.__version__}; 3.6 fails to compile the attention kernels for sm_100, 3.9 does not"
     return None
 

@@ -229,10 +229,10 @@ def _check_score_dtype(t: Tensor, name: str, p: Problem, boolean: bool) -> None:
 
 def _autocast(tensors: tuple, notes: list[str]) -> tuple:
     """The operands and score tensors as autocast has them: torch's own rule for attention."""
-    if not isinstance(tensors[0], Tensor) or tensors[0].is_meta:  # torch knows no autocast of meta tensors
+    if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch knows no autocast of meta tensors
         return tensors
     dtype = torch.get_autocast_dtype(device)
 

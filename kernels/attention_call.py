@@ -27,7 +27,8 @@ def columns_adjacent(t: torch.Tensor) -> torch.Tensor:
 
 def precision() -> str:
     """Products of float32: IEEE, or TF32 where torch's own flag allows it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32, which raises where somebody has set this one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def dropout_scalars(p: float) -> tuple[int, float]:

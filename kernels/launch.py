@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
+
+from .._triton import release
 
 # What is left of shared memory for K and V tiles decides the stages; in bytes a block may take.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
@@ -131,6 +132,18 @@ def attention_candidates(
 
 # --- attention backward ---
 
+_BEFORE_3_9 = release() < (3, 9)
+
+
+def _columns_at_once(arch: str, width: int, terms: bool, which: str) -> int:
+    """Of a float32 product of the backward. Triton 3.6 keeps in registers what it reads of all of them."""
+    if _BEFORE_3_9:
+        if not terms:
+            return 16
+        return 64 if arch == "sm_120" else 32 if arch == "sm_80" and width <= 128 else 16
+    whole = which != "bias" and not arch.startswith("gfx")
+    return width if whole and (terms or which == "keys" and arch == "sm_80") else 16
+
 
 def attention_bwd(
     arch: str, itemsize: int, width: int, bits: bool, terms: bool, which: str
@@ -141,23 +154,16 @@ def attention_bwd(
     ALiBi, softcap or dropout. The tiles are large ones that spill in no form of the mask (kernels/resources.md).
     """
     amd, keys = arch.startswith("gfx"), which == "keys"
-    old = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9)
     # AMD has 512 registers a lane for 4 warps, as many as NVIDIA has for 8.
     warps = 4 if amd else 8
     if itemsize == 4:
         # IEEE products run on the FMA units, which hold whole rows and columns of a step in registers.
         if arch == "interpreter":
             return AttentionLaunch(*((32, 64) if keys else (64, 32)), warps, 1, 32)
-        # Columns of a product at a time: Triton 3.6 keeps in registers what it reads of all of them.
-        if old:
-            chunk = (
-                64 if terms and arch == "sm_120" else 32 if terms and arch == "sm_80" and width <= 128 else 16
-            )
-        else:
-            chunk = width if which != "bias" and not amd and (terms or keys and arch == "sm_80") else 16
         stay = 16 if terms or width > 128 else 32
         # In two stages Triton 3.6 schedules the loop anew, and 8 bytes that spill find a register.
-        stages = 2 if old and keys and terms and arch == "sm_80" and width > 128 else 1
+        stages = 2 if _BEFORE_3_9 and keys and terms and arch == "sm_80" and width > 128 else 1
+        chunk = _columns_at_once(arch, width, terms, which)
         return AttentionLaunch(*((16, stay) if keys else (stay, 16)), warps, stages, chunk)
     if which == "bias":
         # No sums over rows or keys: all that grows with the head are the operands, 32 columns of them at a time.

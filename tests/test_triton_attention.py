@@ -544,7 +544,8 @@ def test_the_default_on_the_cpu_is_the_cpu(device):
 
 
 def test_a_new_length_compiles_nothing():
-    """Many lengths and batches, by what Triton's launcher would look up; few rows take tiles of 16, 32 or 64."""
+    """Nor does another mask of a form. Many lengths and batches, by what Triton's launcher would look up; few rows take
+    tiles of 16, 32 or 64."""
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("triton_compilations.py")
     root = str(script.parent.parent)
@@ -552,7 +553,7 @@ def test_a_new_length_compiles_nothing():
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout.splitlines()[-1])
-    one = {name: [1, 0] for name in ("plain", "causal", "narrow", "padding")}
-    one |= {name: [1, 2] for name in ("backward", "causal backward", "padding backward")}
+    masks = ("plain", "windows", "narrow", "padding", "bits")
+    one = {"forward": dict.fromkeys(masks, [1, 0]), "backward": dict.fromkeys(masks, [1, 2])}
     assert told == {**one, "decode": [1, 1], "prefill": told["prefill"]}
     assert told["prefill"][0] <= 5

@@ -1,6 +1,9 @@
-"""What Triton's kernels take without a look at the card: grids of any length, and one device for all tensors."""
+"""What Triton's kernels take without a look at the card: grids of any length and their order, one device for all
+tensors, torch's word on TF32."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,3 +83,47 @@ def test_rows_of_two_devices(device):
         fastattn.layer_norm(x, (16,), weight, backend="triton")
     with pytest.raises(ValueError, match="bias must be on .* like x, got meta"):
         fastattn.softmax(x, -1, bias=weight, backend="triton")
+
+
+@pytest.mark.parametrize("n_blocks, planes, section", [(5, 7, 3), (1, 4, 2), (4, 3, 8)])
+def test_the_longest_blocks_of_rows_run_first(n_blocks, planes, section, device):
+    """Under a causal mask, within a section of planes; every block of every plane once."""
+    import triton
+    import triton.language as tl
+
+    place = _triton.module("attention").place
+
+    @triton.jit
+    def places(out, n_blocks, planes, section, DESCENDING: tl.constexpr):
+        pid = tl.program_id(0)
+        m_block, plane = place(pid, n_blocks, planes, section, DESCENDING)
+        tl.store(out + 2 * pid, m_block)
+        tl.store(out + 2 * pid + 1, plane)
+
+    globals()["place"] = place  # where a kernel looks for what it calls
+    out = torch.full((n_blocks * planes, 2), -1, dtype=torch.int32, device=device)
+    for descending in (True, False):
+        places[(n_blocks * planes,)](out, n_blocks, planes, section, DESCENDING=descending)
+        order = [tuple(pair) for pair in out.tolist()]
+        assert sorted(order) == [(m, p) for m in range(n_blocks) for p in range(planes)]
+        if descending:
+            assert order == sorted(order, key=lambda pair: (pair[1] // section, -pair[0], pair[1]))
+
+
+def test_float32_products_are_ieee_until_torch_allows_tf32():
+    """By its old and its new setting, which cannot be read once the other has been written."""
+    script = """
+import torch
+from fastattn import _triton
+precision, matmul = _triton.module("attention_call").precision, torch.backends.cuda.matmul
+told = [precision()]
+matmul.allow_tf32 = True
+told.append(precision())
+matmul.allow_tf32 = False
+told.append(precision())
+matmul.fp32_precision = "tf32"
+told.append(precision())
+print(*told)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert result.stdout.split() == ["ieee", "tf32", "ieee", "tf32"], result.stderr

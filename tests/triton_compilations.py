@@ -9,7 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastattn import _triton
+from fastattn import _triton, masks
+from fastattn.masks.lower import lower
 
 ATTENTION, DECODE, BACKWARD = (_triton.module(name) for name in ("attention", "decode", "attention_bwd"))
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
@@ -30,67 +31,89 @@ class Recorder:
         self.keys.add(f"{specialization} {sorted(options.items())}")
 
 
-def compiled(shapes, **given) -> list[int]:
-    """How many (attention, merge) kernels calls of these (B, Hq, Hkv, Sq, Sk, D) take."""
-    kernel, merge = Recorder(ATTENTION.attention_kernel), Recorder(DECODE.merge_kernel)
-    originals = ATTENTION.attention_kernel, DECODE.merge_kernel
-    ATTENTION.attention_kernel, DECODE.merge_kernel = kernel, merge
-    try:
-        for B, Hq, Hkv, Sq, Sk, D in shapes:
-            q, k = torch.empty(B, Hq, Sq, D).half(), torch.empty(B, Hkv, Sk, D).half()
-            band = given.get("band_hi", lambda Sq, Sk: None)(Sq, Sk)
-            hi = given["hi"](B, Hq, Sq, Sk) if "hi" in given else None
-            ATTENTION.attention_fwd(
-                q, k, k, D**-0.5, None, band, None, hi, *[None] * 5, 0.0, 0.0, *[None] * 7, None, False
-            )
-    finally:
-        ATTENTION.attention_kernel, DECODE.merge_kernel = originals
-    return [len(kernel.keys), len(merge.keys)]
+def forward(q, k, band, hi, blocks):
+    ATTENTION.attention_fwd(
+        q,
+        k,
+        k,
+        q.shape[3] ** -0.5,
+        None,
+        band,
+        None,
+        hi,
+        *blocks[:3],
+        None,
+        None,
+        0.0,
+        0.0,
+        *[None] * 7,
+        None,
+        False,
+    )
 
 
-def backward(shapes, **given) -> list[int]:
-    """How many (row, pass) kernels the backward of such calls takes: of passes, one over rows and one over keys."""
-    rows, passes = Recorder(BACKWARD.row_kernel), Recorder(BACKWARD.backward_kernel)
-    originals = BACKWARD.row_kernel, BACKWARD.backward_kernel
-    BACKWARD.row_kernel, BACKWARD.backward_kernel = rows, passes
+def backward(q, k, band, hi, blocks):
+    offsets, entries, tiles, offsets_t, entries_t = blocks
+    BACKWARD.attention_bwd(
+        q, None, q, k, k, q, torch.empty(q.shape[:3]), q.shape[3] ** -0.5, None, band, None, hi, offsets, entries,
+        offsets_t, entries_t, tiles, None, None, 0.0, 0.0, *[None] * 8, [True] * 3 + [False] * 3, False,
+    )  # fmt: skip
+
+
+KERNELS = {
+    forward: ((ATTENTION, "attention_kernel"), (DECODE, "merge_kernel")),
+    backward: ((BACKWARD, "row_kernel"), (BACKWARD, "backward_kernel")),
+}
+
+
+def compiled(call, shapes, band_hi=None, hi=None, mask=None) -> list[int]:
+    """How many (attention, merge) or (row, pass) kernels a call takes of these (B, Hq, Hkv, Sq, Sk, D); of passes, one
+    over rows and one over keys. band_hi, hi, mask: of a shape."""
+    originals = [getattr(module, name) for module, name in KERNELS[call]]
+    recorders = [Recorder(kernel) for kernel in originals]
     try:
+        for (module, name), recorder in zip(KERNELS[call], recorders, strict=True):
+            setattr(module, name, recorder)
         for B, Hq, Hkv, Sq, Sk, D in shapes:
             q, k = torch.empty(B, Hq, Sq, D).half(), torch.empty(B, Hkv, Sk, D).half()
-            band = given.get("band_hi", lambda Sq, Sk: None)(Sq, Sk)
-            hi = given["hi"](B, Hq, Sq, Sk) if "hi" in given else None
-            BACKWARD.attention_bwd(
-                q, None, q, k, k, q, torch.empty(B, Hq, Sq), D**-0.5, None, band, None, hi, *[None] * 7, 0.0, 0.0,
-                *[None] * 8, [True] * 3 + [False] * 3, False,
-            )  # fmt: skip
+            band = band_hi(Sq, Sk) if band_hi else None
+            blocks = [None] * 5
+            if mask:
+                lowered = lower(mask(Sq, Sk), B, Hq, Hkv, Sq, Sk, q.device)
+                blocks = [*lowered.bits(), *lowered.transpose()]
+            call(q, k, band, hi(B, Hq, Sq, Sk) if hi else None, blocks)
     finally:
-        BACKWARD.row_kernel, BACKWARD.backward_kernel = originals
-    return [len(rows.keys), len(passes.keys)]
+        for (module, name), kernel in zip(KERNELS[call], originals, strict=True):
+            setattr(module, name, kernel)
+    return [len(recorder.keys) for recorder in recorders]
 
 
 LENGTHS = (65, 66, 80, 127, 128, 129, 256, 511, 513, 1000, 1024, 2047)
 LONG = (513, 514, 528, 1024, 1025, 3000, 4096)
+SQUARE = [(2, 4, 2, n, n, 64) for n in LENGTHS]
+
+
+def of_each_mask(call) -> dict[str, list[int]]:
+    return {
+        "plain": compiled(call, SQUARE + [(1, 1, 1, 100, 1, 64), (3, 2, 2, 90, 7, 64)]),
+        "windows": compiled(call, [(2, 4, 2, n, n + 3, 64) for n in LENGTHS], lambda Sq, Sk: Sq % 23),
+        "narrow": compiled(call, [(1, 2, 2, n, n, 40) for n in LENGTHS]),
+        "padding": compiled(
+            call,
+            SQUARE,
+            hi=lambda B, H, Sq, Sk: torch.full((B, 1, 1), Sk, dtype=torch.int32).expand(B, H, Sq),
+        ),
+        "bits": compiled(call, SQUARE, mask=lambda Sq, Sk: masks.Strided(Sq % 23 + 3)),
+    }
+
+
 print(
     json.dumps(
         {
-            "plain": compiled(
-                [(2, 4, 2, n, n, 64) for n in LENGTHS] + [(1, 1, 1, 100, 1, 64), (3, 2, 2, 90, 7, 64)]
-            ),
-            "causal": compiled([(2, 4, 2, n, n + 3, 64) for n in LENGTHS], band_hi=lambda Sq, Sk: Sk - Sq),
-            "narrow": compiled([(1, 2, 2, n, n, 40) for n in LENGTHS]),
-            "padding": compiled(
-                [(2, 4, 2, n, n, 64) for n in LENGTHS],
-                hi=lambda B, H, Sq, Sk: torch.full((B, 1, 1), Sk, dtype=torch.int32).expand(B, H, Sq),
-            ),
-            "backward": backward([(2, 4, 2, n, n, 64) for n in LENGTHS] + [(3, 2, 2, 90, 7, 64)]),
-            "causal backward": backward(
-                [(2, 4, 2, n, n + 3, 40) for n in LENGTHS], band_hi=lambda Sq, Sk: Sk - Sq
-            ),
-            "padding backward": backward(
-                [(2, 4, 2, n, n, 64) for n in LENGTHS],
-                hi=lambda B, H, Sq, Sk: torch.full((B, H, Sq), Sk, dtype=torch.int32),
-            ),
-            "decode": compiled([(b, 4, 2, 1, n, 64) for n in LONG for b in (1, 2, 17)]),
-            "prefill": compiled([(1, 4, 2, n, n, 64) for n in range(1, 200, 3)]),
+            "forward": of_each_mask(forward),
+            "backward": of_each_mask(backward),
+            "decode": compiled(forward, [(b, 4, 2, 1, n, 64) for n in LONG for b in (1, 2, 17)]),
+            "prefill": compiled(forward, [(1, 4, 2, n, n, 64) for n in range(1, 200, 3)]),
         }
     )
 )

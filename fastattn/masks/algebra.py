@@ -520,7 +520,7 @@ def _intervals_of_ids(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | Non
     count = last - first
     lo = position.gather(1, first.clamp(max=keys.shape[1] - 1))
     hi = position.gather(1, (last - 1).clamp_(min=0)) + 1
-    if torch.compiler.is_compiling() or waits.valueless(count.device):
+    if waits.unreadable(count.device):
         return None
     if not bool(((hi - lo == count) | (count == 0)).all()):
         return None

@@ -239,7 +239,7 @@ def lower(mask: Masklike, B: int, Hq: int, Hkv: int, Sq: int, Sk: int, device) -
     if mask is None:
         return Lowered(B, Hq, Sq, Sk, device)
     shape = Shape(B, Hq, Sq, Sk, device)
-    if device.type == "cpu" or waits.valueless(device) or torch.compiler.is_compiling():
+    if device.type == "cpu" or waits.unreadable(device):
         return _lower(mask, shape)
     with waits.noted() as reasons:
         lowered = _lower(mask, shape)

@@ -161,7 +161,7 @@ def union(a: Ranges, b: Ranges, shape: Shape) -> Ranges | None:
         lo = None if a.band_lo is None or b.band_lo is None else min(a.band_lo, b.band_lo)
         hi = None if a.band_hi is None or b.band_hi is None else max(a.band_hi, b.band_hi)
         return Ranges(lo, hi).trimmed(shape)
-    if torch.compiler.is_compiling() or waits.valueless(shape.device):  # there are no values to compare
+    if waits.unreadable(shape.device):  # there are no values to compare
         return None
     rows = 1 if a.row_constant() and b.row_constant() else shape.Sq
     (a_lo, a_hi), (b_lo, b_hi) = a.rows(shape, 0, rows), b.rows(shape, 0, rows)

@@ -79,7 +79,7 @@ def scan_keys(tensor: Tensor) -> Keys:
     """
     if tensor.numel() == 0:
         return Keys(Ranges(), False)
-    if torch.compiler.is_compiling() or waits.valueless(tensor.device):
+    if waits.unreadable(tensor.device):
         return Keys(None, tensor.dtype != torch.bool)
     if native.serves(tensor.device):
         lo, hi, flags = native.keys(tensor)

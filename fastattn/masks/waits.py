@@ -17,6 +17,11 @@ def valueless(device: torch.device) -> bool:
     return device.type == "meta"
 
 
+def unreadable(device: torch.device) -> bool:
+    """Whether nobody can look at a mask's values now: torch.compile traces, or the device has none."""
+    return torch.compiler.is_compiling() or valueless(device)
+
+
 def note(device: torch.device, reason: str) -> None:
     """Says that values on a device are about to be read, and why. On the CPU nobody waits."""
     if device.type == "cpu" or torch.compiler.is_compiling():

@@ -298,8 +298,7 @@ def _show(bench: dict[str, Any], arguments: argparse.Namespace, stream) -> None:
         print("~ other work on this machine disturbed the row: its times scatter", file=stream)
     for name, seconds in report.setup_times(bench).items():
         print(f"{name}: {seconds} a row before its second call, compiling included", file=stream)
-    missed = report.missed(bench)
-    judged = sum(limit["met"] is not None for row in bench["rows"] for limit in row.get("limits", ()))
+    missed, judged = report.missed(bench), len(report.judged(bench))
     if judged:
         print(f"{judged - len(missed)} of {judged} floors reached", file=stream)
     for line in missed:

@@ -231,26 +231,24 @@ def bench_missed(bench: Mapping[str, Any]) -> str:
     """
     parts = [machine_line(bench["machine"]) + "\n"]
     for suite in dict.fromkeys(row["suite"] for row in bench["rows"]):
-        rows, judged = [], 0
-        for row in bench["rows"]:
-            for limit in row.get("limits", ()) if row["suite"] == suite else ():
-                judged += limit["met"] is not None
-                if limit["met"] is False:
-                    share = row.get("share")
-                    rows.append(
-                        (
-                            f"{row['name']}, {count_of(row['threads'], 'thread')}",
-                            f"{limit['ratio']:.2f}",
-                            f"{limit['floor']:.2f}{_against(limit)}",
-                            f"{100 * share:.0f} %" if share else "-",
-                            f"{limit['ratio'] / share:.1f}" if share and limit["of"] == "ours" else "-",
-                        )
-                    )
-        parts.append(f"### {suite}: {judged - len(rows)} of {judged} floors reached\n")
+        of_suite = [(row, limit) for row, limit in judged(bench) if row["suite"] == suite]
+        rows = [_missed_cells(row, limit) for row, limit in of_suite if not limit["met"]]
+        parts.append(f"### {suite}: {len(of_suite) - len(rows)} of {len(of_suite)} floors reached\n")
         if rows:
             columns = ("row", "reached", "floor", "share of the ceiling", "at the ceiling")
             parts.append(markdown_table(columns, rows))
     return "\n".join(parts)
+
+
+def _missed_cells(row: Mapping[str, Any], limit: Mapping[str, Any]) -> tuple[str, ...]:
+    share = row.get("share")
+    return (
+        f"{row['name']}, {count_of(row['threads'], 'thread')}",
+        f"{limit['ratio']:.2f}",
+        f"{limit['floor']:.2f}{_against(limit)}",
+        f"{100 * share:.0f} %" if share else "-",
+        f"{limit['ratio'] / share:.1f}" if share and limit["of"] == "ours" else "-",
+    )
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -275,17 +273,21 @@ def setup_times(bench: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def judged(bench: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The floors that were measured, each with its row."""
+    return [
+        (row, limit) for row in bench["rows"] for limit in row.get("limits", ()) if limit["met"] is not None
+    ]
+
+
 def missed(bench: Mapping[str, Any]) -> list[str]:
     """Rows whose floor was measured and not met, as text."""
-    lines = []
-    for row in bench["rows"]:
-        for limit in row.get("limits", ()):
-            if limit["met"] is False:
-                against = f"{limit['ratio']:.2f} over {limit['against']}, floor {limit['floor']:.2f}"
-                lines.append(
-                    f"{row['suite']} {row['name']} ({count_of(row['threads'], 'thread')}): {against}"
-                )
-    return lines
+    return [
+        f"{row['suite']} {row['name']} ({count_of(row['threads'], 'thread')}): {limit['ratio']:.2f} over "
+        f"{limit['against']}, floor {limit['floor']:.2f}"
+        for row, limit in judged(bench)
+        if not limit["met"]
+    ]
 
 
 def _pyplot():
