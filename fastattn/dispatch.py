@@ -66,9 +66,6 @@ def _refuse_cuda(p: Problem) -> str | None:
                 f"gradients of head sizes above 128 need 160 KiB of shared memory a block, {p.device} has "
                 f"{shared} KiB"
             )
-    if p.sinks is not None and p.return_lse and p.needs_grad():
-        # exp(log(exp(lse) + exp(sink)) - lse) weighs the gradient of lse there, and overflows.
-        return "gradients of the LSE beside sinks, which the CUDA kernels lose where a sink is far above the scores"
     if max(p.B, p.Hq, p.Sq, p.Sk) >= 2**30:
         return "sequences of 2^30 rows and more"
     if p.B * p.Hq * (p.Sq // 64 + 1) >= 2**31:

@@ -193,9 +193,6 @@ def test_refusals_of_attention(card, monkeypatch):
     assert refused(D=136, bias=bias) == (
         "gradients of head sizes above 128 need 160 KiB of shared memory a block, cuda:0 has 99 KiB"
     )
-    sinks = Card(torch.zeros(2)).requires_grad_()
-    assert refused(sinks=sinks) is None
-    assert refused(sinks=sinks, return_lse=True).startswith("gradients of the LSE beside sinks")
     card(triton=None)
     assert "no committed measurement shows the CUDA kernel of attention ahead of Triton's" in refused()
     assert refused(backend="cuda") is None

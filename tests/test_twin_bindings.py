@@ -9,6 +9,7 @@ import pytest
 import torch
 from row_checks import assert_right, same_bits
 from test_attention_backward import check as check_gradients
+from test_attention_backward import check_lse_alone
 from twin import build, cuda_library
 
 import fastattn
@@ -167,6 +168,11 @@ def test_gradients(attend, form):
 def test_gradients_of_terms(attend, form, passes, terms):
     sums = ("alibi_slopes", "sinks", "bias")
     gradients(attend, form, passes, FORMS[form], dlse=torch.randn(B, HQ, SQ), sums=sums, **terms)
+
+
+def test_gradients_of_the_lse_alone(attend):
+    """Sinks so far above the scores that exp(sink) overflows among them."""
+    cuda_library.run(1, check_lse_alone, attend, torch.half)
 
 
 def test_only_what_is_asked_for_runs(attend):

@@ -78,7 +78,8 @@ struct AttentionBwdArgs : AttentionArgs {
   // Of the row pass, contiguous [B, Hq, Sq]: the lse with the sink in it, +inf for a row that sees nothing,
   // and sum(dout * out) less what dlse adds.
   float *exponent, *delta;
-  int32_t* extents;  // contiguous [B, Hq, ceil(Sq / 64), 4]: the keys that 64 rows see by ranges (Extent)
+  float* sink_terms;  // what each row adds to dsinks, where that is asked for
+  int32_t* extents;   // contiguous [B, Hq, ceil(Sq / 64), 4]: the keys that 64 rows see by ranges (Extent)
 
   Result dq, dk, dv;  // q's type, or fp32
   bool grads_fp32;

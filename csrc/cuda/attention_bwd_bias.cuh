@@ -203,7 +203,7 @@ cudaError_t launch_attention_backward_sm80(const AttentionBwdArgs& a, cudaStream
     error = launch_attention_bwd_terms<T, kHead, kForm>(a, to, stream);
   }
   if (error == cudaSuccess && a.dsinks && a.B * a.Hq > 0) {
-    error = launch(attention_bwd_sinks<T>, dim3(unsigned(a.B * a.Hq)), dim3(kRowPassThreads),
+    error = launch(attention_bwd_sinks, dim3(unsigned(a.B * a.Hq)), dim3(kRowPassThreads),
                    sizeof(RowPassSmem), stream, a);
   }
   return error;

@@ -20,6 +20,9 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// log(2^100): how far the exponent may lie above lse where lse has a gradient of its own.
+constexpr float kFarthest = 69.31471806f;
+
 // log(exp(lse) + exp(sink)).
 __device__ __forceinline__ float add_sink(float lse, float sink) {
   const float high = fmaxf(lse, sink), low = fminf(lse, sink);
@@ -64,29 +67,29 @@ __global__ void __launch_bounds__(kRowPassThreads)
       exponent = a.sinks ? add_sink(lse, a.sinks[h]) : lse;
     }
     delta = warp_sum(delta);
+    const float sink_term = a.dsinks ? -expf(a.sinks[h] - exponent) * delta : 0.0f;
     // lse is the logarithm of the sum without the sink, whose weights are larger by exp(exponent - lse).
-    if (a.dlse && lse != -INFINITY) delta -= a.dlse[at] * expf(exponent - lse);
+    // Where they are that by 2^100 the sink leaves nothing of out, and the factor must not overflow.
+    if (a.dlse && lse != -INFINITY) {
+      if (exponent > lse + kFarthest) exponent = lse + kFarthest;
+      delta -= a.dlse[at] * expf(exponent - lse);
+    }
     if (lane == 0) {
       a.exponent[at] = exponent;
       a.delta[at] = delta;
+      if (a.dsinks) a.sink_terms[at] = sink_term;
     }
   }
 }
 
-// dsinks[b, h] = -sum over rows of (1 - sigmoid(lse - sink)) * sum(dout * out). One block a head.
-template <class T>
-__global__ void __launch_bounds__(kRowPassThreads)
+// dsinks[b, h] = the sum of the rows' terms. One block a head.
+static __global__ void __launch_bounds__(kRowPassThreads)
     attention_bwd_sinks(const __grid_constant__ AttentionBwdArgs a) {
   auto& smem = shared_storage<RowPassSmem>();
   const int thread = int(threadIdx.x);
-  const float sink = a.sinks[int(blockIdx.x) % a.Hq];
+  const float* terms = a.sink_terms + int64_t(blockIdx.x) * a.Sq;
   float sum = 0.0f;
-  for (int row = thread; row < a.Sq; row += kRowPassThreads) {
-    const int64_t at = int64_t(blockIdx.x) * a.Sq + row;
-    if (a.lse[at] == -INFINITY) continue;
-    const float dlse = a.dlse ? a.dlse[at] * expf(a.exponent[at] - a.lse[at]) : 0.0f;
-    sum -= expf(sink - a.exponent[at]) * (a.delta[at] + dlse);
-  }
+  for (int row = thread; row < a.Sq; row += kRowPassThreads) sum += terms[row];
   sum = warp_sum(sum);
   if (thread % kWarp == 0) smem.sums[thread / kWarp] = sum;
   __syncthreads();

@@ -107,8 +107,9 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   const Tensor heads = new_on(q, {2, a.B, a.Hq}, ScalarType::Float);
   const Tensor slope_parts = torch::stable::select(heads, 0, 0);
   const Tensor sink_parts = torch::stable::select(heads, 0, 1);
+  const Tensor sink_terms = new_on(q, {a.B, a.Hq, needs_sinks ? a.Sq : 0}, ScalarType::Float);
   if (needs_slopes) a.dslopes = memory_of<float>(slope_parts);
-  if (needs_sinks) a.dsinks = memory_of<float>(sink_parts);
+  if (needs_sinks) a.dsinks = memory_of<float>(sink_parts), a.sink_terms = memory_of<float>(sink_terms);
 
   const OnDevice device(q);
   const bool is_bf16 = storage_of(q, "q") == Storage::kBFloat16;

@@ -102,6 +102,7 @@ def backward(
         args.dslopes = grads["alibi_slopes"].data_ptr()
     if terms.get("sinks") is not None:
         grads["sinks"] = fresh((B, Hq), torch.float32)
-        args.dsinks = grads["sinks"].data_ptr()
+        terms_of_rows = fresh((B, Hq, Sq), torch.float32)
+        args.dsinks, args.sink_terms = grads["sinks"].data_ptr(), terms_of_rows.data_ptr()
     build.call(library(padded_head(q.shape[3], v.shape[3]), q.dtype).attention_backward, schedule, args)
     return grads

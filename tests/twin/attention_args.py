@@ -49,7 +49,7 @@ class AttentionArgs(ctypes.Structure):
 class AttentionBwdArgs(AttentionArgs):
     _fields_ = [
         ("dout", Operand),
-        *_fields(c_void_p, "dlse exponent delta extents"),
+        *_fields(c_void_p, "dlse exponent delta sink_terms extents"),
         *_fields(Operand, "dq dk dv"),
         ("grads_fp32", c_bool),
         ("dbias", c_void_p),

@@ -70,6 +70,7 @@ struct Tensor {
 struct Shape {
   int B, Sq, Sk, D;
   bool terms = false, far = false;
+  float sink = 0.5f;  // of the first head
 };
 
 constexpr int kGroup = 2;  // query heads on a KV head, of which there is one
@@ -86,7 +87,7 @@ struct Problem : Shape {
   MaskForm form;
   int heads;
   Tensor<T> q, k, v, dout;
-  std::vector<float> bias, dlse, slopes{0.1f, 0.2f}, sinks{0.5f, -0.5f};
+  std::vector<float> bias, dlse, slopes{0.1f, 0.2f}, sinks{sink, -0.5f};
   std::vector<int> lo, hi;
   std::vector<uint64_t> tiles = std::vector<uint64_t>(2 * 64);  // of the diagonal, by turns
   std::vector<double> out, lse, dq, dk, dv, dbias, dslopes, dsinks;
@@ -229,6 +230,7 @@ std::string run(const Shape& shape) {
   const Tensor<T> out(heads, Sq, D, x.far), dq(heads, Sq, D, x.far), dk(B, Sk, D, x.far), dv(B, Sk, D, x.far);
   const Tensor<float> lse(1, heads, Sq, false), exponent(1, heads, Sq, false), delta(1, heads, Sq, false);
   const Tensor<float> dbias(1, 1, Sk, false), dslopes(1, 1, heads, false), dsinks(1, 1, heads, false);
+  const Tensor<float> sink_terms(1, heads, Sq, false);
   std::vector<int> extents(size_t(heads * q_granules * 4)), offsets, list, offsets_t, list_t;
   const int first_tile = x.far ? kFarTile : 0;
   for (int a = 0; a < q_granules; ++a) {
@@ -273,7 +275,7 @@ std::string run(const Shape& shape) {
     a.dropout_scale = 1 / (1 - kDropped);
     a.dlse = x.dlse.data();
     a.dbias = dbias.data, a.dbias_fp32 = true, a.bias_B = a.bias_H = a.bias_Sq = 1, a.bias_Sk = Sk;
-    a.dslopes = dslopes.data, a.dsinks = dsinks.data;
+    a.dslopes = dslopes.data, a.dsinks = dsinks.data, a.sink_terms = sink_terms.data;
   }
   a.exponent = exponent.data, a.delta = delta.data, a.extents = extents.data();
   launch_attention_forward_sm80<T, kHead, kForm>(a, nullptr);
@@ -302,6 +304,8 @@ int main(int argc, char** argv) {
   host::test("two stages, halves, bits", [] { return run<bf16, 96, MaskForm::Bits>({1, 140, 140, 96}); });
   host::test("one stage, plain", [] { return run<bf16, 192, MaskForm::None>({1, 70, 200, 176}); });
   host::test("single elements", [] { return run<fp16, 32, MaskForm::Bits>({2, 70, 75, 17}); });
+  // exp(sink) is beyond float's range, and lse has a gradient of its own.
+  host::test("a far sink", [] { return run<fp16, 32, MaskForm::None>({1, 5, 9, 17, true, false, 150.0f}); });
   host::test("far apart", [] { return run<fp16, 32, MaskForm::Bits>({1, 70, 75, 24, false, true}); });
   host::test("banks", [] {
     return twin::bank_conflicts == 0 ? "" : std::to_string(twin::bank_conflicts) + " bank conflicts";

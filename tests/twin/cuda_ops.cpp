@@ -69,7 +69,7 @@ Names all_names() {
   add_attention<MaskForm::None>(names, "none");
   add_attention<MaskForm::Ranges>(names, "ranges");
   add_attention<MaskForm::Bits>(names, "bits");
-  add(names, attention_bwd_sinks<fp16>, "attention_bwd sinks");
+  add(names, attention_bwd_sinks, "attention_bwd sinks");
   return names;
 }
 

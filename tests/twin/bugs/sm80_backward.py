@@ -130,6 +130,13 @@ BUGS = [
     Bug("keys: places of 32 bits", BACKWARD, "(row + half * 8) * to.row", "int((row + half * 8) * to.row)"),
     Bug("rows: places of 32 bits", ROWS, "row * a.dout.row", "int(row * a.dout.row)"),
     Bug("rows: dlse of the sum with the sink", ROWS, "a.dlse[at] * expf(exponent - lse);", "a.dlse[at];"),
-    Bug("sinks: a row that sees nothing counts", ROWS, "if (a.lse[at] == -INFINITY) continue;", ""),
+    Bug("rows: a far sink's weight overflows", ROWS, "if (exponent > lse + kFarthest)", "if (false)"),
+    Bug(
+        "rows: a sink's term of the nearer exponent",
+        ROWS,
+        "expf(a.sinks[h] - exponent) * delta",
+        "expf(a.sinks[h] - lse) * delta",
+    ),
+    Bug("sinks: sum of a thread alone", ROWS, "  sum = warp_sum(sum);", ""),
     Bug("terms: granules that are not listed", TERMS, "if (bits == kHidden) continue;", ""),
 ]
