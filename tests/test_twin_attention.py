@@ -247,4 +247,4 @@ def test_under_the_sanitizers(kind):
     for schedule in {"asan": (0, 7), "tsan": (5,)}[kind]:
         result = build.run(program, schedule)
         assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-        assert result.stdout.count(" ok") == 7, result.stdout
+        assert result.stdout.count(" ok") == 8, result.stdout
