@@ -201,6 +201,19 @@ def test_rows_do_not_know_their_batch(dtype, threads, task_order):
                 assert same_bits(softmax(x), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_short_rows_side_by_side(isa, dtype):
+    """The same bits as alone, and as on the way of masked rows, whatever the rows beside hold."""
+    for n in range(1, 133):
+        x = 5 * misaligned(11, n, dtype, offset=n % 16)
+        x[2], x[5, 0], x[7, -1], x[8, n // 2] = -INF, float("nan"), INF, torch.finfo(dtype).min
+        together = softmax(x)
+        assert same_bits(together, softmax(x, mask=torch.ones(n, dtype=torch.bool)))
+        for i in range(11):
+            assert same_bits(together[i], softmax(x[i : i + 1])[0])
+        assert softmax(x, out=x) is x and same_bits(x, together)
+
+
 def test_large_results_bypass_the_caches_with_the_same_bits():
     x = torch.randn(2100, 4099)  # 34 MB, no row aligned as the one before it
     out = poisoned(x)
@@ -208,6 +221,8 @@ def test_large_results_bypass_the_caches_with_the_same_bits():
     assert same_bits(out[:50], softmax(x[:50])) and same_bits(out[-50:], softmax(x[-50:]))
     assert same_bits(softmax(x), out)
     assert softmax(x, out=x) is x and same_bits(x, out)
+    x = torch.randn(70000, 61)
+    assert same_bits(softmax(x)[-50:], softmax(x[-50:]))
 
 
 @pytest.mark.slow

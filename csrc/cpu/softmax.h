@@ -92,6 +92,10 @@ class SoftmaxRow {
     put(out, seen, 0.f);
   }
 
+  void put(Out* out, int64_t from, float value) {
+    each_vector(a_.width - from, [&](int64_t i, auto at) { at.store(out + from + i, splat(value)); });
+  }
+
  private:
   // scale * x + bias of n columns, -inf where hidden.
   const float* scores(int64_t from, int64_t n) {
@@ -147,10 +151,6 @@ class SoftmaxRow {
     put(out, 0, visible ? __builtin_nanf("") : 0.f);
   }
 
-  void put(Out* out, int64_t from, float value) {
-    each_vector(a_.width - from, [&](int64_t i, auto at) { at.store(out + from + i, splat(value)); });
-  }
-
   const SoftmaxArgs& a_;
   const SoftmaxScratch& scratch_;
   const T* x_ = nullptr;
@@ -159,12 +159,77 @@ class SoftmaxRow {
   float* weights_ = nullptr;
 };
 
+// Rows of at most eight vectors stay in registers from the load to the store. Each waits for its maximum,
+// then for its sum, so several go side by side, as many as the registers hold. Every sum has the order of
+// SoftmaxRow's.
+constexpr int kShortVectors = 8;
+constexpr int kHeldVectors = kLanes == 8 ? 8 : 16;  // AVX2 has 16 registers, the others 32
+
+template <class T, class Out, int VECTORS, int ROWS>
+FASTATTN_INLINE void short_rows(const SoftmaxArgs& a, SoftmaxRow<T, Out>& kernel, int64_t first) {
+  constexpr int kLast = (VECTORS - 1) * kLanes;
+  const Part end{a.width - kLast};
+  const T* x[ROWS];
+  Out* out[ROWS];
+  F32 e[ROWS][VECTORS], pivot[ROWS];
+  bool empty[ROWS], any_empty = false;
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    x[r] = (const T*)a.x.data + a.grid.offset(a.x.stride, first + r);
+    out[r] = (Out*)a.out.data + a.grid.offset(a.out.stride, first + r);
+    const F32 least = splat(-__builtin_inff());
+    F32 tops[4] = {least, least, least, least};
+#pragma GCC unroll 8
+    for (int i = 0; i < VECTORS; ++i) {
+      e[r][i] = i + 1 < VECTORS ? load(x[r] + i * kLanes) : end.keep(end.load(x[r] + kLast), least);
+      tops[i % 4] = max(e[r][i], tops[i % 4]);
+    }
+    const float top = reduce_max(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+    pivot[r] = splat(top);
+    any_empty |= empty[r] = !(top > -__builtin_inff());
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < VECTORS; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) e[r][i] = weight_of<Out>(e[r][i], pivot[r]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    F32 sums[4] = {zero(), zero(), zero(), zero()};
+#pragma GCC unroll 8
+    for (int i = 0; i + 1 < VECTORS; ++i) sums[i % 4] = sums[i % 4] + e[r][i];
+    const int at = end.n < kLanes ? 3 : (VECTORS - 1) % 4;  // where each_of_four adds what is left over
+    sums[at] = sums[at] + e[r][VECTORS - 1];
+    const F32 factor = splat(float(1 / double(reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])))));
+#pragma GCC unroll 8
+    for (int i = 0; i + 1 < VECTORS; ++i) store(out[r] + i * kLanes, e[r][i] * factor);
+    end.store(out[r] + kLast, e[r][VECTORS - 1] * factor);
+  }
+  for (int r = 0; any_empty && r < ROWS; ++r) {
+    if (empty[r]) kernel.put(out[r], 0, __builtin_nanf(""));  // as SoftmaxRow leaves it
+  }
+}
+
+template <class T, class Out, int VECTORS = 1>
+void short_rows(const SoftmaxArgs& a, SoftmaxRow<T, Out>& kernel, int64_t first, int64_t last) {
+  if constexpr (VECTORS < kShortVectors) {
+    if (a.width > VECTORS * kLanes) return short_rows<T, Out, VECTORS + 1>(a, kernel, first, last);
+  }
+  constexpr int kFitting = kHeldVectors / VECTORS, kRows = kFitting < 4 ? kFitting : 4;
+  int64_t r = first;
+  for (; r + kRows <= last; r += kRows) short_rows<T, Out, VECTORS, kRows>(a, kernel, r);
+  for (; r < last; ++r) short_rows<T, Out, VECTORS, 1>(a, kernel, r);
+}
+
 template <class T, class Out>
 void softmax_task(const SoftmaxArgs& a, int64_t task, void* memory) {
   const SoftmaxScratch scratch(a, memory);
   const int64_t first = task * a.rows_per_task, last = smaller(first + a.rows_per_task, a.grid.rows);
   if (a.x.column == 1 && a.out.column == 1) {
     SoftmaxRow<T, Out> kernel(a, scratch);
+    if (a.width <= kShortVectors * kLanes && !(a.scores() || a.causal || a.stream)) {
+      return short_rows(a, kernel, first, last);
+    }
     for (int64_t r = first; r < last; ++r) {
       const int64_t seen = a.causal ? smaller(r % a.grid.size[a.grid.dims - 1] + 1, a.width) : a.width;
       kernel.run((const T*)a.x.data + a.grid.offset(a.x.stride, r), r, seen,
