@@ -43,6 +43,7 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   const auto apart = [&](const void* out) { return out != a.x.data && out != a.residual.data; };
   a.ahead = outgrows_caches(x);
   a.stream = outgrow_last_cache({&x, residual, sum, &y}) && apart(a.y.data) && (!sum || apart(a.sum.data));
+  a.stream_sum = a.stream && sum && bytes_of(*sum) >= kLastCache;
   const RowKernels& table = kernels().rows;
   Weight weight, bias;
   a.weight = weight.get(o.weight, a.width, o.weight_offset, "weight", table);

@@ -26,17 +26,15 @@ struct TwoSums {
   F32 first, second;
 };
 
-// What is asked of memory while a row is summed, else memory would stand still, and the hardware's own
-// prefetch ends with each 4 KB: the lines that will be read next and those that will be written. Null where
-// nothing is.
+// What is asked of memory while it would stand still, for the hardware's own prefetch ends with each 4 KB:
+// the lines that will be read next and those that will be written. Null where nothing is.
 struct Wanted {
   const char *x, *residual;
-  char *sum, *y;
+  char* y;
 
   FASTATTN_INLINE void fetch(int64_t byte) const {
     __builtin_prefetch(x + byte);
     if (residual) __builtin_prefetch(residual + byte);
-    if (sum) __builtin_prefetch(sum + byte, 1);
     if (y) __builtin_prefetch(y + byte, 1);
   }
 };
@@ -106,24 +104,28 @@ FASTATTN_INLINE bool out_of_range(double variance, double eps) {
 }
 
 template <class T, class Y, bool RMS, bool WEIGHT, bool BIAS>
-FASTATTN_INLINE void normalise(const NormArgs& a, const T* h, const RowStats& s, Y* y) {
+FASTATTN_INLINE void normalise(const NormArgs& a, const T* h, const RowStats& s, Y* y, const Wanted& next) {
   const F32 mean = splat(s.mean), rest = splat(s.rest), rstd = splat(s.rstd);
-  each_vector_to(y, a.width, a.stream, [&](int64_t i, auto at) {
-    F32 v = at.load(h + i);
-    if constexpr (!RMS) v = v - mean;
-    if constexpr (!RMS && sizeof(T) == 4) v = v - rest;  // half precision has no digits that far down
-    v = v * rstd;
-    if constexpr (BIAS) v = fma(v, at.load(a.weight + i), at.load(a.bias + i));
-    else if constexpr (WEIGHT) v = v * at.load(a.weight + i);
-    at.store(y + i, v);
-  });
+  const auto row = [&](const auto& ask) {
+    each_vector_to(y, a.width, a.stream, [&](int64_t i, auto at) {
+      ask(i);
+      F32 v = at.load(h + i);
+      if constexpr (!RMS) v = v - mean;
+      if constexpr (!RMS && sizeof(T) == 4) v = v - rest;  // half precision has no digits that far down
+      v = v * rstd;
+      if constexpr (BIAS) v = fma(v, at.load(a.weight + i), at.load(a.bias + i));
+      else if constexpr (WEIGHT) v = v * at.load(a.weight + i);
+      at.store(y + i, v);
+    });
+  };
+  next.x ? row([&](int64_t i) { next.fetch(i * int64_t(sizeof(Y))); }) : row([](int64_t) {});
 }
 
 template <class T, class Y, bool RMS>
-FASTATTN_INLINE void normalise(const NormArgs& a, const T* h, const RowStats& s, Y* y) {
-  if (a.bias) normalise<T, Y, RMS, true, true>(a, h, s, y);
-  else if (a.weight) normalise<T, Y, RMS, true, false>(a, h, s, y);
-  else normalise<T, Y, RMS, false, false>(a, h, s, y);
+FASTATTN_INLINE void normalise(const NormArgs& a, const T* h, const RowStats& s, Y* y, const Wanted& next) {
+  if (a.bias) normalise<T, Y, RMS, true, true>(a, h, s, y, next);
+  else if (a.weight) normalise<T, Y, RMS, true, false>(a, h, s, y, next);
+  else normalise<T, Y, RMS, false, false>(a, h, s, y, next);
 }
 
 // The power of two that brings the row's largest magnitude to [1, 2); 0 where there is none.
@@ -135,8 +137,10 @@ float taming_power(const T* h, int64_t n) {
   return from_bits(uint32_t(exponent == 0 ? 253 : exponent > 253 ? 1 : 254 - exponent) << 23);
 }
 
+// `ahead` is asked for while the row is summed, `next` while it is written.
 template <class T, class Y, bool RMS>
-void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed, const Wanted& wanted) {
+void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed, const Wanted& ahead,
+              const Wanted& next) {
   const auto done = [&](const RowStats& s) {
     if (!a.stats) return;
     a.stats[row] = s.rstd;
@@ -145,11 +149,11 @@ void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed, co
   const auto split = [](const Moments& m, double rstd) -> RowStats {
     return {float(m.mean), float(m.mean - double(float(m.mean))), float(rstd)};
   };
-  const Moments m = moments<RMS>(h, a.width, wanted);
+  const Moments m = moments<RMS>(h, a.width, ahead);
   const float power = out_of_range(m.variance, a.eps) ? taming_power(h, a.width) : 0.f;
   if (power == 0.f) {
     const RowStats s = split(m, inverse_root(m.variance + a.eps));
-    normalise<T, Y, RMS>(a, h, s, y);
+    normalise<T, Y, RMS>(a, h, s, y, next);
     return done(s);
   }
   each_vector(a.width, [&](int64_t i, auto at) { at.store(tamed + i, at.load(h + i) * splat(power)); });
@@ -157,11 +161,11 @@ void norm_row(const NormArgs& a, const T* h, int64_t row, Y* y, float* tamed, co
   const double floor = a.eps * power * power, rstd = inverse_root(t.variance + floor);
   // A row without variance is 0, not 0 * inf, as long as there is an eps.
   const RowStats s = split(t, floor > 0 && rstd > __FLT_MAX__ ? __FLT_MAX__ : rstd);
-  normalise<float, Y, RMS>(a, tamed, s, y);
+  normalise<float, Y, RMS>(a, tamed, s, y, next);
   done(split({t.mean / power, 0}, rstd * power));
 }
 
-// h = x + residual, rounded to sum's storage. Sums that go past the caches stay in `kept` for the norm.
+// h = x + residual, rounded to sum's storage. Sums that go past the caches stay in scratch for the norm.
 template <class X, class S>
 FASTATTN_INLINE void add_row(const NormArgs& a, const X* x, int64_t row, S* sum) {
   with_row(a.residual, a.grid.offset(a.residual.stride, row), [&](const auto* residual) {
@@ -172,19 +176,18 @@ FASTATTN_INLINE void add_row(const NormArgs& a, const X* x, int64_t row, S* sum)
 
 template <bool RMS, class X, class S>
 FASTATTN_INLINE void add_norm_row(const NormArgs& a, const X* x, int64_t row, S* sum, X* y, float* scratch,
-                                  Wanted wanted) {
-  S* h = a.stream ? (S*)scratch : sum;
-  if (!a.stream && wanted.x) wanted.sum = (char*)(sum + (wanted.x - (const char*)x) / int64_t(sizeof(X)));
+                                  const Wanted& next) {
+  S* h = a.stream_sum ? (S*)scratch : sum;
   float* tamed = scratch + a.width;
   add_row(a, x, row, h);
   if constexpr (sizeof(S) == sizeof(X) || sizeof(S) == 4) {
-    norm_row<S, X, RMS>(a, h, row, y, tamed, wanted);
+    norm_row<S, X, RMS>(a, h, row, y, tamed, {}, next);
   } else {
     float* wide = tamed + a.width;
     each_vector(a.width, [&](int64_t i, auto at) { at.store(wide + i, at.load(h + i)); });
-    norm_row<float, X, RMS>(a, wide, row, y, tamed, wanted);
+    norm_row<float, X, RMS>(a, wide, row, y, tamed, {}, next);
   }
-  if (a.stream) {
+  if (a.stream_sum) {
     each_vector_to(sum, a.width, true, [&](int64_t i, auto at) { at.store(sum + i, at.load(h + i)); });
   }
 }
@@ -195,21 +198,20 @@ void norm_rows(const NormArgs& a, int64_t task, float* scratch) {
   for (int64_t r = first; r < last; ++r) {
     const X* x = (const X*)a.x.data + a.grid.offset(a.x.stride, r);
     X* y = (X*)a.y.data + a.grid.offset(a.y.stride, r);
-    Wanted wanted = {};
-    if (a.ahead) wanted.y = a.stream ? nullptr : (char*)y;
     if (!a.residual.data) {
-      if (a.ahead) wanted.x = (const char*)(x + kChunk);
-      norm_row<X, X, RMS>(a, x, r, y, scratch, wanted);
+      Wanted ahead = {};
+      if (a.ahead) ahead = {(const char*)(x + kChunk), nullptr, a.stream ? nullptr : (char*)y};
+      norm_row<X, X, RMS>(a, x, r, y, scratch, ahead, {});
       continue;
     }
-    if (a.ahead) {  // this row of x is in the sum already
-      wanted.x = (const char*)(x + a.width);
+    Wanted next = {};
+    if (a.ahead) {
       const int64_t bytes = a.residual.storage == Storage::kFloat ? 4 : 2;
-      wanted.residual =
-          (const char*)a.residual.data + (a.grid.offset(a.residual.stride, r) + a.width) * bytes;
+      const int64_t at = a.grid.offset(a.residual.stride, r) + a.width;
+      next = {(const char*)(x + a.width), (const char*)a.residual.data + at * bytes, nullptr};
     }
     with_row(a.sum, a.grid.offset(a.sum.stride, r),
-             [&](auto* sum) { add_norm_row<RMS>(a, x, r, sum, y, scratch, wanted); });
+             [&](auto* sum) { add_norm_row<RMS>(a, x, r, sum, y, scratch, next); });
   }
   if (a.stream) stream_fence();
 }

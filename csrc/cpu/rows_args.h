@@ -57,7 +57,8 @@ struct NormArgs {
   const float *weight, *bias;     // [width] or null; weight has its offset
   float* stats;                   // null, or [kNormStats or 1, rows]: what the backward needs
   double eps;
-  bool rms, stream, ahead;
+  bool rms, ahead;          // ahead: x comes from memory
+  bool stream, stream_sum;  // y, and the sum, go past the caches
 
   FASTATTN_INLINE int64_t tasks() const { return (grid.rows + rows_per_task - 1) / rows_per_task; }
 };
