@@ -43,7 +43,9 @@ void run_norm(const Tensor& x, const Tensor* residual, const NormOptions& o, con
   const auto apart = [&](const void* out) { return out != a.x.data && out != a.residual.data; };
   a.ahead = outgrows_caches(x);
   a.stream = outgrow_last_cache({&x, residual, sum, &y}) && apart(a.y.data) && (!sum || apart(a.sum.data));
-  a.stream_sum = a.stream && sum && bytes_of(*sum) >= kLastCache;
+  // The sum is read again, after the row and in the next layer: with RMSNorm of 4096 x 768 in bf16 0.86 ms,
+  // not 1.08, where it stays in the cache. It cannot where the whole traffic fills that.
+  a.stream_sum = a.stream && sum && traffic_of({&x, residual, sum, &y}) >= kLastCache;
   const RowKernels& table = kernels().rows;
   Weight weight, bias;
   a.weight = weight.get(o.weight, a.width, o.weight_offset, "weight", table);
