@@ -16,7 +16,7 @@ from .tiles import load_part
 
 # Blocks of rows whose extents a program of the pass over keys reads at once.
 SCAN = tl.constexpr(128)
-TINY_GATE, TINY_EXPONENT = tl.constexpr(2.0**-100), tl.constexpr(100 * math.log(2))
+TINY_GATE, TINY_EXPONENT = tl.constexpr(2.0**-40), tl.constexpr(40 * math.log(2))
 ROW_WARPS = 4  # at the widest head and the most rows two tiles of 64 numbers a thread
 _STRIDES = [f"{t}_{s}" for t in ("out", "dout", "lo", "hi") for s in ("batch", "head", "row")]
 _COUNTS = ["Hq", "Sq", "Sk", "n_blocks", "band_lo", "band_hi"]
@@ -72,7 +72,7 @@ def row_kernel(
         if dsinks is not None:
             tl.store(dsinks + pid, -tl.sum(tl.where(m_some, b_delta * tl.exp(sink - b_gated), 0.0)))
     if dlse is not None:
-        # The gradient of LSE weighs P itself. Below 2^-100 the gate no longer matters, but must not be 0.
+        # The gradient of LSE weighs P itself, without the gate. Below 2^-40 that no longer matters beside it.
         tiny = b_gate < TINY_GATE
         b_gate = tl.where(tiny, TINY_GATE, b_gate)
         b_gated = tl.where(tiny, b_lse + TINY_EXPONENT, b_gated)

@@ -51,20 +51,20 @@ class BackwardRows {
         a.exponent[at + r] = __builtin_inff(), a.shift[at + r] = a.delta[at + r] = 0.f;
         continue;
       }
-      float delta = dot(gradient, out, a.Dv), gate = 1.f, gated = lse;
+      float delta = dot(gradient, out, a.Dv), gated = lse;
       if (a.sinks) {
         // out = sigmoid(lse - sink) * (P V), so P * sigmoid(lse - sink) = exp(s - gated) takes P's place.
         const float sink = a.sinks[h];
         gated = larger(lse, sink) + __builtin_log1pf(__builtin_expf(-__builtin_fabsf(lse - sink)));
-        gate = __builtin_expf(lse - gated);
         dsink -= double(delta) * __builtin_expf(sink - gated);
       }
-      // The gradient of lse weighs P itself. Below 2^-100 the gate no longer matters, but must not be 0.
-      if (a.dlse) {
-        if (gate < 0x1p-100f) gate = 0x1p-100f, gated = lse + 69.31471806f;
-        delta -= a.dlse[at + r] / gate;
-      }
-      a.exponent[at + r] = gated * unit, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
+      // The gradient of lse weighs P itself, without the gate. Below 2^-40 that no longer matters beside it,
+      // and a larger exponent would only take digits from P. The factor is of the exponent as it is rounded.
+      if (a.dlse && gated > lse + 27.72588722f) gated = lse + 27.72588722f;
+      const float exponent = gated * unit;
+      const double ungated = a.sinks ? __builtin_exp((exponent - double(lse) * unit) / unit) : 1;
+      if (a.dlse) delta -= float(a.dlse[at + r] * ungated);
+      a.exponent[at + r] = exponent, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
       // Beyond this fp32 holds an lse to a thirty-second and worse.
       if (__builtin_fabsf(gated) > 1e6f) a.blocks[task].extreme |= 1ull << r;
     }

@@ -20,8 +20,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// log(2^100): how far the exponent may lie above lse where lse has a gradient of its own.
-constexpr float kFarthest = 69.31471806f;
+// log(2^40): how far the exponent may lie above lse where lse has a gradient of its own.
+constexpr float kFarthest = 27.72588722f;
 
 // log(exp(lse) + exp(sink)).
 __device__ __forceinline__ float add_sink(float lse, float sink) {
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kRowPassThreads)
     delta = warp_sum(delta);
     const float sink_term = a.dsinks ? -expf(a.sinks[h] - exponent) * delta : 0.0f;
     // lse is the logarithm of the sum without the sink, whose weights are larger by exp(exponent - lse).
-    // Where they are that by 2^100 the sink leaves nothing of out, and the factor must not overflow.
+    // Where they are that by 2^40 what the sink leaves of out no longer matters beside lse, and a larger
+    // factor would only take digits from P.
     if (a.dlse && lse != -INFINITY) {
       if (exponent > lse + kFarthest) exponent = lse + kFarthest;
       delta -= a.dlse[at] * expf(exponent - lse);
