@@ -59,11 +59,15 @@ class BackwardRows {
         dsink -= double(delta) * __builtin_expf(sink - gated);
       }
       // The gradient of lse weighs P itself, without the gate. Below 2^-40 that no longer matters beside it,
-      // and a larger exponent would only take digits from P. The factor is of the exponent as it is rounded.
-      if (a.dlse && gated > lse + 27.72588722f) gated = lse + 27.72588722f;
+      // and a larger exponent would only take digits from P.
+      constexpr float kFarthest = 27.72588722f;  // log(2^40)
+      if (a.dlse && gated > lse + kFarthest) gated = lse + kFarthest;
       const float exponent = gated * unit;
-      const double ungated = a.sinks ? __builtin_exp((exponent - double(lse) * unit) / unit) : 1;
-      if (a.dlse) delta -= float(a.dlse[at + r] * ungated);
+      if (a.dlse) {
+        // Of the exponent as it is rounded.
+        const double ungated = a.sinks ? __builtin_exp((exponent - double(lse) * unit) / unit) : 1;
+        delta -= float(a.dlse[at + r] * ungated);
+      }
       a.exponent[at + r] = exponent, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
       // Beyond this fp32 holds an lse to a thirty-second and worse.
       if (__builtin_fabsf(gated) > 1e6f) a.blocks[task].extreme |= 1ull << r;
