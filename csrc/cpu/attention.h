@@ -42,12 +42,28 @@ struct NaturalScores {
   static FASTATTN_INLINE F32 lse(F32 top, F32 sum) { return top + log2(sum) * splat(kLn2); }
 };
 
+// The keys of a head that a thread has read in this call; they are in its cache.
+struct ReadKeys {
+  uint64_t call;
+  int64_t head, lo, hi;
+
+  void start(uint64_t of_call, int64_t of_head) {
+    if (call != of_call || head != of_head) *this = {of_call, of_head, INT64_MAX, 0};
+  }
+  void add(int64_t key) {
+    if (key < lo) lo = key;
+    if (key + kGranule > hi) hi = key + kGranule;
+  }
+  bool has(int64_t key) const { return lo <= key && key < hi; }
+};
+
 // Scratch of one thread, carved from one allocation.
 struct AttentionBuffers {
   float *q, *scores, *terms, *out, *k, *v, *max, *sum, *alpha;
+  ReadKeys* read;
 
   static int64_t bytes(const AttentionArgs& a) {
-    return 4 * kGranule * (a.D + 2 * kGranule + a.Dv + (a.D > a.Dv ? a.D : a.Dv) + 16 + a.Dv + 16 + 3);
+    return 4 * kGranule * (a.D + 2 * kGranule + a.Dv + (a.D > a.Dv ? a.D : a.Dv) + 16 + a.Dv + 16 + 3 + 1);
   }
   AttentionBuffers(const AttentionArgs& a, void* scratch) {
     float* p = (float*)scratch;
@@ -58,7 +74,7 @@ struct AttentionBuffers {
     };
     q = take(a.D), scores = take(kGranule), terms = take(kGranule), out = take(a.Dv);
     k = take((a.D > a.Dv ? a.D : a.Dv) + 16), v = take(a.Dv + 16), max = take(1), sum = take(1),
-    alpha = take(1);
+    alpha = take(1), read = (ReadKeys*)take(1);
   }
 };
 
@@ -232,9 +248,13 @@ class AttentionForward {
     const TaskRows t(a, task);
     AttentionForward f{a, AttentionBuffers(a, scratch), QueryRows(a, t.b, t.h, t.first, t.count), exact};
     f.start();
+    f.look_past(task);
     BlockMask mask(a, t.b, t.h, t.first, t.count);
-    BlockMask::Granule g;
-    while (mask.next(&g)) {
+    BlockMask::Granule g, next;
+    for (bool more = mask.next(&next); more;) {
+      g = next;
+      more = mask.next(&next);
+      f.look_ahead(g, more ? &next : nullptr);
       if (g.partial) {
         f.hides_keys_ = true;
         if (mask.words(g, f.words_)) f.segments_ = segments_of(f.words_, g.keys, f.segment_);
@@ -256,14 +276,15 @@ class AttentionForward {
         rows_(rows),
         exact_(exact),
         vectors_((rows.count + kLanes - 1) / kLanes),
-        terms_(has_score_terms(a)) {}
+        terms_(has_score_terms(a)),
+        in_cache_(stays_in_cache()) {}
 
   void start() {
     const T* q = (const T*)a_.q.data + rows_.b * a_.q.batch + rows_.h * a_.q.head + rows_.first * a_.q.row;
     Operands::pack_q(q, a_.q.row, rows_.count, a_.D, buf_.q);
-    const int64_t kv_head = rows_.h / (a_.Hq / a_.Hkv);
-    k_ = (const T*)a_.k.data + rows_.b * a_.k.batch + kv_head * a_.k.head;
-    v_ = (const T*)a_.v.data + rows_.b * a_.v.batch + kv_head * a_.v.head;
+    kv_head_ = rows_.h / (a_.Hq / a_.Hkv);
+    k_ = (const T*)a_.k.data + rows_.b * a_.k.batch + kv_head_ * a_.k.head;
+    v_ = (const T*)a_.v.data + rows_.b * a_.v.batch + kv_head_ * a_.v.head;
     for (int c = 0; c < vectors_; ++c) {
       store(buf_.max + c * kLanes, splat(-__builtin_inff()));
       store(buf_.sum + c * kLanes, zero());
@@ -271,6 +292,51 @@ class AttentionForward {
     for (int64_t d = 0; d < a_.Dv; ++d) {
       for (int c = 0; c < vectors_; ++c) store(buf_.out + d * kGranule + c * kLanes, zero());
     }
+  }
+
+  // A call of less than this was just written by others, and is still in the cache.
+  static constexpr int64_t kStaysInCache = int64_t(4) << 20;
+
+  bool stays_in_cache() const {
+    const int64_t rows = a_.B * (a_.Hq * a_.Sq + a_.Hkv * a_.Sk);
+    return rows * (a_.D + a_.Dv) * int64_t(sizeof(T)) <= kStaysInCache;
+  }
+
+  // Asks for the rows of the result, and for what the next task reads first.
+  void look_past(int64_t task) {
+    if (in_cache_) return;
+    const int64_t size = sizeof(T), out_size = a_.out_fp32 ? 4 : size;
+    const int64_t out = rows_.b * a_.out_batch + rows_.h * a_.out_head + rows_.first * a_.out_row;
+    prefetch_.ask(Prefetch::kOut, (char*)a_.out + out * out_size, a_.Dv * out_size, rows_.count,
+                  a_.out_row * out_size);
+    buf_.read->start(a_.call, rows_.b * a_.Hkv + kv_head_);
+    if (task + 1 == a_.tasks()) return;
+    const TaskRows t(a_, task + 1);
+    const T* q = (const T*)a_.q.data + t.b * a_.q.batch + t.h * a_.q.head + t.first * a_.q.row;
+    prefetch_.ask(Prefetch::kNextQueries, q, a_.D * size, t.count, a_.q.row * size);
+    BlockMask::Granule g;
+    if (!BlockMask(a_, t.b, t.h, t.first, t.count).next(&g)) return;
+    const int64_t kv_head = t.h / (a_.Hq / a_.Hkv);
+    if (t.b == rows_.b && kv_head == kv_head_ && buf_.read->has(g.key)) return;
+    ask_for_keys(Prefetch::kNextKeys, Prefetch::kNextValues, t.b, kv_head, g);
+  }
+
+  // Before granule g: asks for the one after it.
+  void look_ahead(const BlockMask::Granule& g, const BlockMask::Granule* next) {
+    if (in_cache_) return;
+    buf_.read->add(g.key);
+    if (next && !buf_.read->has(next->key)) {
+      ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows_.b, kv_head_, *next);
+    }
+  }
+
+  void ask_for_keys(Prefetch::Use keys, Prefetch::Use values, int64_t b, int64_t kv_head,
+                    const BlockMask::Granule& g) {
+    const int64_t size = sizeof(T);
+    const T* k = (const T*)a_.k.data + b * a_.k.batch + kv_head * a_.k.head + g.key * a_.k.row;
+    const T* v = (const T*)a_.v.data + b * a_.v.batch + kv_head * a_.v.head + g.key * a_.v.row;
+    prefetch_.ask(keys, k, a_.D * size, g.keys, a_.k.row * size);
+    prefetch_.ask(values, v, a_.Dv * size, g.keys, a_.v.row * size);
   }
 
   void granule(BlockMask::Granule g) {
@@ -310,7 +376,8 @@ class AttentionForward {
       const Segment& seg = segment_[s];
       const Broadcast part{keys.data + seg.first * keys.row_bytes, keys.row_bytes, keys.step_bytes};
       product<Product, Start::kZero, false>(part, seg.last - seg.first, Operands::steps(a_.D), buf_.q,
-                                            buf_.scores + seg.first * kGranule, seg.from, seg.to);
+                                            buf_.scores + seg.first * kGranule, seg.from, seg.to, kGranule,
+                                            kGranule, &prefetch_);
     }
   }
 
@@ -412,7 +479,7 @@ class AttentionForward {
       const int from = seg.first / kKeysPerStep, to = (seg.last + kKeysPerStep - 1) / kKeysPerStep;
       const Broadcast part{values.data + from * values.step_bytes, values.row_bytes, values.step_bytes};
       product<Product, Start::kAccumulate, true>(part, a_.Dv, to - from, p + from * kGranule, buf_.out,
-                                                 seg.from, seg.to);
+                                                 seg.from, seg.to, kGranule, kGranule, &prefetch_);
     }
     for (int j = 0; poisoned; ++j, poisoned >>= 1) {
       if (poisoned & 1) add_where_seen(v_ + (g.key + j) * a_.v.row, j);
@@ -457,8 +524,10 @@ class AttentionForward {
   const QueryRows rows_;
   const bool exact_;
   const int vectors_;
-  const bool terms_;
+  const bool terms_, in_cache_;
+  int64_t kv_head_ = 0;
   const T *k_ = nullptr, *v_ = nullptr;
+  Prefetch prefetch_;
   bool hides_keys_ = false, rescaled_ = false;
   int segments_ = 0;
   Segment segment_[4];

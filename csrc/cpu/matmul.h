@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_args.h"
+#include "prefetch.h"
 
 namespace fastattn {
 namespace {
@@ -74,8 +75,9 @@ __attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, 
 
 template <class Product, Start START, bool ROWS_ADJACENT, int VECTORS>
 void column(Broadcast a, int64_t rows, int64_t steps, const float* b, int64_t b_stride, float* c,
-            int64_t c_stride) {
+            int64_t c_stride, Prefetch* prefetch) {
   const auto advance = [&](int n) {
+    if (prefetch) prefetch->step();
     a.data += n * (ROWS_ADJACENT ? 4 : a.row_bytes);
     c += n * c_stride;
     rows -= n;
@@ -89,24 +91,29 @@ void column(Broadcast a, int64_t rows, int64_t steps, const float* b, int64_t b_
   if (rows >= 1) tile<Product, START, ROWS_ADJACENT, 1, VECTORS>(a, steps, b, b_stride, c, c_stride);
 }
 
-// All rows, lane vectors [from, to). The strides of B's steps and C's rows are in floats.
+// All rows, lane vectors [from, to), with `prefetch` (or null) between the register tiles. The strides of B's
+// steps and C's rows are in floats.
 template <class Product, Start START, bool ROWS_ADJACENT>
 void product(Broadcast a, int64_t rows, int64_t steps, const float* b, float* c, int from, int to,
-             int64_t b_stride = kGranule, int64_t c_stride = kGranule) {
+             int64_t b_stride = kGranule, int64_t c_stride = kGranule, Prefetch* prefetch = nullptr) {
   static_assert(kTileVectors == 2 || kTileVectors == 4, "the cases below");
   for (int v = from; v < to; v += kTileVectors) {
     const float* bv = b + v * kLanes;
     float* cv = c + v * kLanes;
     switch (to - v < kTileVectors ? to - v : kTileVectors) {
-      case 1: column<Product, START, ROWS_ADJACENT, 1>(a, rows, steps, bv, b_stride, cv, c_stride); break;
-      case 2: column<Product, START, ROWS_ADJACENT, 2>(a, rows, steps, bv, b_stride, cv, c_stride); break;
+      case 1:
+        column<Product, START, ROWS_ADJACENT, 1>(a, rows, steps, bv, b_stride, cv, c_stride, prefetch);
+        break;
+      case 2:
+        column<Product, START, ROWS_ADJACENT, 2>(a, rows, steps, bv, b_stride, cv, c_stride, prefetch);
+        break;
       case 3:
         if constexpr (kTileVectors == 4)
-          column<Product, START, ROWS_ADJACENT, 3>(a, rows, steps, bv, b_stride, cv, c_stride);
+          column<Product, START, ROWS_ADJACENT, 3>(a, rows, steps, bv, b_stride, cv, c_stride, prefetch);
         break;
       case 4:
         if constexpr (kTileVectors == 4)
-          column<Product, START, ROWS_ADJACENT, 4>(a, rows, steps, bv, b_stride, cv, c_stride);
+          column<Product, START, ROWS_ADJACENT, 4>(a, rows, steps, bv, b_stride, cv, c_stride, prefetch);
         break;
     }
   }
