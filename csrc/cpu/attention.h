@@ -276,8 +276,7 @@ class AttentionForward {
         rows_(rows),
         exact_(exact),
         vectors_((rows.count + kLanes - 1) / kLanes),
-        terms_(has_score_terms(a)),
-        in_cache_(stays_in_cache()) {}
+        terms_(has_score_terms(a)) {}
 
   void start() {
     const T* q = (const T*)a_.q.data + rows_.b * a_.q.batch + rows_.h * a_.q.head + rows_.first * a_.q.row;
@@ -294,17 +293,8 @@ class AttentionForward {
     }
   }
 
-  // A call of less than this was just written by others, and is still in the cache.
-  static constexpr int64_t kStaysInCache = int64_t(4) << 20;
-
-  bool stays_in_cache() const {
-    const int64_t rows = a_.B * (a_.Hq * a_.Sq + a_.Hkv * a_.Sk);
-    return rows * (a_.D + a_.Dv) * int64_t(sizeof(T)) <= kStaysInCache;
-  }
-
   // Asks for the rows of the result, and for what the next task reads first.
   void look_past(int64_t task) {
-    if (in_cache_) return;
     const int64_t size = sizeof(T), out_size = a_.out_fp32 ? 4 : size;
     const int64_t out = rows_.b * a_.out_batch + rows_.h * a_.out_head + rows_.first * a_.out_row;
     prefetch_.ask(Prefetch::kOut, (char*)a_.out + out * out_size, a_.Dv * out_size, rows_.count,
@@ -323,7 +313,6 @@ class AttentionForward {
 
   // Before granule g: asks for the one after it.
   void look_ahead(const BlockMask::Granule& g, const BlockMask::Granule* next) {
-    if (in_cache_) return;
     buf_.read->add(g.key);
     if (next && !buf_.read->has(next->key)) {
       ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows_.b, kv_head_, *next);
@@ -524,7 +513,7 @@ class AttentionForward {
   const QueryRows rows_;
   const bool exact_;
   const int vectors_;
-  const bool terms_, in_cache_;
+  const bool terms_;
   int64_t kv_head_ = 0;
   const T *k_ = nullptr, *v_ = nullptr;
   Prefetch prefetch_;
