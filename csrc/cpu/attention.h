@@ -30,12 +30,14 @@ constexpr int kExpDegree<Half> = 4;
 // How a score becomes an exponent of 2. Without terms the scale is folded into one multiply-add; with terms
 // the maximum is subtracted in natural units, where the lowest finite bias does not overflow.
 struct FoldedScale {
+  static constexpr float kUnit = 1;  // of an exponent of 2
   static FASTATTN_INLINE F32 exponent(F32 x, F32 scale, F32 pivot) { return fms(x, scale, pivot); }
   static FASTATTN_INLINE F32 maximum(F32 x, F32 scale) { return x * scale; }
   static FASTATTN_INLINE F32 difference(F32 a, F32 b) { return a - b; }
   static FASTATTN_INLINE F32 lse(F32 top, F32 sum) { return (top + log2(sum)) * splat(kLn2); }
 };
 struct NaturalScores {
+  static constexpr float kUnit = kLn2;
   static FASTATTN_INLINE F32 exponent(F32 x, F32, F32 pivot) { return (x - pivot) * splat(kLog2E); }
   static FASTATTN_INLINE F32 maximum(F32 x, F32) { return x; }
   static FASTATTN_INLINE F32 difference(F32 a, F32 b) { return (a - b) * splat(kLog2E); }
@@ -88,8 +90,9 @@ void widen_rows(const T* x, int64_t stride, int rows, int64_t width, float* out)
   }
 }
 
-// x[row][word] of `count` rows to out[word][lane]; lanes past `count` are 0. Words are floats or bf16 pairs.
-template <class Load>
+// x[row][word] of `count` rows to out[word][lane], ROW floats a word; lanes past `count` are 0. Words are
+// floats or bf16 pairs.
+template <int64_t ROW = kGranule, class Load>
 void pack_transposed(int count, int64_t words, float* out, const Load& load_words) {
   for (int c = 0; c < kVectors && c * kLanes < count; ++c) {
     for (int64_t d = 0; d < words; d += kLanes) {
@@ -99,7 +102,7 @@ void pack_transposed(int count, int64_t words, float* out, const Load& load_word
         r[i] = row < count ? load_words(row, d) : zero();
       }
       transpose(r);
-      for (int i = 0; i < kLanes && d + i < words; ++i) store(out + (d + i) * kGranule + c * kLanes, r[i]);
+      for (int i = 0; i < kLanes && d + i < words; ++i) store(out + (d + i) * ROW + c * kLanes, r[i]);
     }
   }
 }
@@ -175,8 +178,9 @@ struct TaskRows {
   }
 };
 
-// O^T times a factor a lane, transposed back and stored; false where a number of it is not finite.
-template <class Out>
+// O^T, ROW floats a row, times a factor a lane, transposed back and stored; false where a number of it is not
+// finite.
+template <int64_t ROW, class Out>
 bool store_rows(const AttentionArgs& a, int count, const float* o, const float* factors, Out* out) {
   F32 check = zero();
   for (int c = 0; c * kLanes < count; ++c) {
@@ -189,8 +193,8 @@ bool store_rows(const AttentionArgs& a, int count, const float* o, const float* 
       for (; d + 2 * kLanes <= a.Dv; d += 2 * kLanes) {
         F32 r[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          const float* at = o + (d + 2 * i) * kGranule + c * kLanes;
-          const F32 x = load(at) * factor, y = load(at + kGranule) * factor;
+          const float* at = o + (d + 2 * i) * ROW + c * kLanes;
+          const F32 x = load(at) * factor, y = load(at + ROW) * factor;
           check = fma(y, zero(), fma(x, zero(), check));
           r[i] = float_of(pack_pairs(x, y));
         }
@@ -203,7 +207,7 @@ bool store_rows(const AttentionArgs& a, int count, const float* o, const float* 
       F32 r[kLanes];
       const int64_t n = a.Dv - d < kLanes ? a.Dv - d : kLanes;
       for (int i = 0; i < kLanes; ++i) {
-        r[i] = i < n ? load(o + (d + i) * kGranule + c * kLanes) * factor : zero();
+        r[i] = i < n ? load(o + (d + i) * ROW + c * kLanes) * factor : zero();
         check = fma(r[i], zero(), check);
       }
       transpose(r);
@@ -215,7 +219,7 @@ bool store_rows(const AttentionArgs& a, int count, const float* o, const float* 
 
 // Writes out and lse from O^T and each row's maximum and sum, as the softmax left them; false where out is
 // not finite.
-template <class T>
+template <class T, int64_t ROW = kGranule>
 bool finish_rows(const AttentionArgs& a, const QueryRows& rows, const float* o, const float* max,
                  const float* sum) {
   alignas(64) float inverse[kGranule], lse[kGranule];
@@ -233,8 +237,8 @@ bool finish_rows(const AttentionArgs& a, const QueryRows& rows, const float* o, 
   }
   if (a.lse) memcpy(a.lse + (rows.b * a.Hq + rows.h) * a.Sq + rows.first, lse, rows.count * 4);
   const int64_t offset = rows.b * a.out_batch + rows.h * a.out_head + rows.first * a.out_row;
-  return a.out_fp32 ? store_rows(a, rows.count, o, inverse, (float*)a.out + offset)
-                    : store_rows(a, rows.count, o, inverse, (T*)a.out + offset);
+  return a.out_fp32 ? store_rows<ROW>(a, rows.count, o, inverse, (float*)a.out + offset)
+                    : store_rows<ROW>(a, rows.count, o, inverse, (T*)a.out + offset);
 }
 
 template <class T, class Operands>

@@ -4,34 +4,42 @@
 //
 // Transposed, a lane is a query: the softmax needs no horizontal reduction, K is the left operand as it lies
 // in memory, and pairs of P^T are the right operand as the softmax writes them, over the scores they were.
-// A task is 64 query rows in two halves of 32. While the vectors work on the softmax of one unit (64 keys,
-// one half), the tiles finish the values of the unit before and start the scores of the unit after, a tile
-// product every few vectors: left idle for some 800 cycles, the matrix unit takes as long to come back.
-// The halves alternate, so what the tiles write is never what the vectors read. O^T stays in L1, not in
-// tiles: 64 rows share each granule of K and V, and a new maximum rescales O^T at its own pace, without
-// stopping the tiles. So every new maximum is taken, as in attention.h, and the largest P is exactly 1.
+// A task is 64 query rows in two passes of 32. While the vectors work on the softmax of one unit (64 keys,
+// one pass), the tiles finish the values of the unit before and start the scores of the unit after, a tile
+// product every few vectors.
 //
-// fp16 is split into two bf16, high + low, and takes three products for one; low * low, 2^-18 of the result,
-// is left out. An infinite key or query in fp16 makes its scores NaN.
+// A row keeps the pivot it got from its first unit, 7 over the maximum as an exponent of 2, until a weight
+// reaches 2: the bits of all weights are or-ed, and one bit of the result tells. Then the unit is done again
+// with new pivots. So nothing looks for maxima, nothing waits for them, and O^T is hardly ever rescaled.
+// Weights of 2^-7 are as exact as those of 1, except that products with values under 2^-119 may become 0.
 //
-// What to expect, counted and not yet measured on a machine with AMX. Cycles of a unit of bf16 with D = Dv,
-// each column at its best case, all of them overlapping; the largest bounds the unit:
+// fp16 is split into two bf16, high + low. Its scores take four products for one and are as exact as those of
+// fp32: of logits in the thousands the part that low * low has decides. Its values take three; there low *
+// low is 2^-18 of the result. An infinite key or query in fp16 makes its scores NaN.
 //
-//    D    products (16 each)   vectors (2 a cycle)   tile and vector loads   L2 to L1 (48 bytes a cycle)
-//    32      16    256               740                    288                     90
-//    64      32    512               770                    448                    340
-//   128      64   1024               830                    768                   1330
-//   256     128   2048               960                   1408                   2700
+// Measured on a Xeon (2 cores, TDPBF16PS at 16 cycles), cycles of a unit of bf16 with D = Dv, K and V out of
+// the second-level cache:
 //
-// That is 35, 66, 77 and 75 % of the peak of the products alone. A 2 x 2 block loads a tile a product, O^T
-// half a load and half a store more. Beside the units a task costs 2500 cycles (packing Q, the first scores
-// and last values with nothing to overlap, transposing O), and each granule of V some 800 once a head and
-// thread: 53 % at D = 64 and 512 keys. Score terms and the words of partial granules come on top, with the
-// tiles idle. fp16 is bound by its products from D = 64 on.
+//    D    products (16 each)   vectors alone   both, loads and stores left out   all of it
+//    64      32    512              480                    780                    1500-1600
+//   128      64   1024              510                   1350                    2900-3100
+//
+//   - Beside tile instructions the fp32 operations of 512 bits run on one port of two, 7 of the 10 a vector
+//   of
+//     weights takes: 900 cycles a unit instead of 480. Integer operations, shuffles and vectors of 256 bits
+//     do not suffer, which is why weights are rounded and joined to pairs by integers.
+//   - The rest is the first-level cache. With K and V in 2 KB of it a unit takes 1150 (D = 64) and 2050; what
+//     lives there (Q^T, O^T, two units of scores, 28 and 40 KB) and the 16 and 32 KB a unit reads are more
+//     than its 48. Neither prefetching, nor units of 32 keys, nor strips of 16 rows, nor 64 rows at a time
+//     did better.
+//   - Left idle for some 1500 cycles the matrix unit takes 700 to come back.
+//   - A task costs some 5000 cycles beside its units: 64 rows of Q and of O transposed, the first scores and
+//     last values with nothing to overlap, and a granule of V packed a head and thread.
 #pragma once
 
 #include "attention.h"
 #include "packed_heads.h"
+#include "prefetch.h"
 #include "tile_queue.h"
 
 namespace fastattn {
@@ -39,9 +47,10 @@ namespace {
 
 // Scratch of one thread: what it packed, kept between tasks, then the buffers of one task.
 struct AmxBuffers {
-  char *head, *q, *low;  // Q^T and the low parts of P^T, in pairs
-  float *scores, *terms, *out, *max, *sum;
+  char *head, *q[kPasses], *scores[2], *low[2];  // Q^T a pass; scores and, over them, P^T of two units
+  float *terms, *out, *max, *sum;                // the last three a pass
   BFloat16* staging;
+  int64_t out_floats;
 
   template <class T>
   static int64_t bytes_of(const AttentionArgs& a) {
@@ -52,22 +61,24 @@ struct AmxBuffers {
     return a.storage == Storage::kHalf ? bytes_of<Half>(a) : AttentionBuffers::bytes(a);
   }
 
-  AmxBuffers(int parts, int64_t D, int64_t Dv, void* scratch, int64_t head_bytes) : head((char*)scratch) {
+  AmxBuffers(int parts, int64_t D, int64_t Dv, void* scratch, int64_t head_bytes)
+      : head((char*)scratch), out_floats(Dv * kPass) {
     char* p = head + head_bytes;
     const auto take = [&](int64_t rows) {
       char* at = p;
-      p += rows * kLaneRowBytes;
+      p += rows * kPassBytes;
       return at;
     };
-    q = take(parts * D / 2), low = take(parts > 1 ? kGranule / 2 : 0);
-    scores = (float*)take(kGranule), terms = (float*)take(kGranule), out = (float*)take(Dv);
-    max = (float*)take(1), sum = (float*)take(1);
+    for (char*& pass : q) pass = take(parts * D / 2);
+    for (int u = 0; u < 2; ++u) scores[u] = take(kGranule), low[u] = take(parts > 1 ? kGranule / 2 : 0);
+    terms = (float*)take(kGranule), out = (float*)take(kPasses * Dv);
+    max = (float*)take(kPasses), sum = (float*)take(kPasses);
     staging = (BFloat16*)p;
   }
 
  private:
   static int64_t task_bytes(int parts, int64_t D, int64_t Dv) {
-    return kLaneRowBytes * (parts * D / 2 + kGranule / 2 + 2 * kGranule + Dv + 2) + kGranule * parts * D * 2;
+    return kPassBytes * (4 * kGranule + kPasses * (parts * D / 2 + Dv + 2)) + kGranule * parts * D * 2;
   }
 };
 
@@ -76,42 +87,41 @@ class AmxForward {
   static constexpr int kParts = kTileParts<T>;
   static constexpr int kRun = kTileSide;  // keys that are masked, or skipped, together
   static constexpr int kRuns = kGranule / kRun;
-  using Queue = TileQueue<kParts == 1 ? 1 : 3>;
+  static constexpr float kMargin = 7;  // of a pivot over the maximum it was taken from, as an exponent of 2
 
  public:
   // False where the result is not finite although it might have to be: compute again on the exact path.
   static bool run(const AttentionArgs& a, int64_t task, void* scratch, bool exact) {
     const TaskRows t(a, task);
     AmxForward f(a, t, scratch, exact);
-    f.pack_q();
+    f.look_past(t, task);
     exact ? f.walk_exactly() : f.walk();
-    const bool finite = finish_rows<T>(a, f.rows_, f.buf_.out, f.buf_.max, f.buf_.sum);
+    f.clear_unseen();
+    bool finite = true;
+    for (int p = 0; p < f.passes_; ++p) {
+      finite &=
+          finish_rows<T, kPass>(a, f.rows_[p], f.out_of(p), f.buf_.max + p * kPass, f.buf_.sum + p * kPass);
+      f.tiles_.keep_awake();
+    }
     return finite || !(f.hides_keys_ || a.bias || kParts > 1) || exact;
   }
 
  private:
-  // A granule of keys as the task sees it.
-  struct Block {
+  // A granule of keys for the rows of a pass: what the softmax works on while the tiles work on the units
+  // before and after it.
+  struct Unit {
     typename PackedHead<T>::Granule data;
     int64_t key;
-    int keys;
+    int keys, pass, slot;  // the last: of the scores
     bool masked;
-    uint64_t poisoned;     // exact path: keys whose values are not finite, 0 in `data`
-    uint64_t rows[kRuns];  // of each run of keys: the rows that see any of them
-    alignas(64) uint64_t words[kGranule];
+    uint64_t poisoned;                     // exact path: keys whose values are not finite, 0 in `data`
+    uint32_t rows[kRuns];                  // of each run of keys: the rows that see any of them
+    alignas(64) uint32_t words[kGranule];  // of each key: the rows that see it
     uint64_t keep[kGranule];
-  };
 
-  // A block of keys and one half of the query rows: what the softmax works on while the tiles work on the
-  // units before and after it.
-  struct Unit {
-    const Block* block;
-    int half;
-    uint32_t rows[kRuns];
-    bool live[2];  // the blocks of 32 keys
-
-    int first_live() const { return live[0] ? 0 : 1; }
-    int count_live() const { return live[0] + live[1]; }
+    bool live(int block) const { return rows[2 * block] | rows[2 * block + 1]; }
+    int first_live() const { return live(0) ? 0 : 1; }
+    int count_live() const { return live(0) + live(1); }
   };
 
   AmxForward(const AttentionArgs& a, const TaskRows& t, void* scratch, bool exact)
@@ -119,261 +129,335 @@ class AmxForward {
         D_(padded_width(a.D)),
         Dv_(padded_width(a.Dv)),
         buf_(kParts, D_, Dv_, scratch, PackedHead<T>::bytes(a)),
-        rows_(a, t.b, t.h, t.first, t.count),
+        rows_{{a, t.b, t.h, t.first, t.count < kPass ? t.count : kPass},
+              {a, t.b, t.h, t.first + (t.count > kPass ? kPass : 0),
+               t.count > kPass ? t.count - kPass : t.count}},
         head_(a, t.b, t.h / (a.Hq / a.Hkv), buf_.head),
-        mask_(a, t.b, t.h, t.first, t.count),
-        vectors_((t.count + kLanes - 1) / kLanes),
-        halves_((t.count + kBlockSide - 1) / kBlockSide),
-        half_(halves_),
+        mask_(a, t.b, t.h, t.first, rows_[0].count),
+        passes_((t.count + kPass - 1) / kPass),
         terms_(has_score_terms(a)),
         exact_(exact) {
-    for (int c = 0; c < vectors_; ++c) {
-      store(buf_.max + c * kLanes, splat(-__builtin_inff()));
-      store(buf_.sum + c * kLanes, zero());
+    for (int i = 0; i < passes_ * kPass; i += kLanes) {
+      store(buf_.max + i, splat(-__builtin_inff()));
+      store(buf_.sum + i, zero());
     }
+    tiles_.keep_awake();
+    pack_q();
+    tiles_.keep_awake();
+  }
+
+  // Asks for the rows of the result, and for what the next task reads first.
+  void look_past(const TaskRows& t, int64_t task) {
+    const int64_t size = sizeof(T), out_size = a_.out_fp32 ? 4 : size;
+    const int64_t out = t.b * a_.out_batch + t.h * a_.out_head + t.first * a_.out_row;
+    prefetch_.ask(Prefetch::kOut, (char*)a_.out + out * out_size, a_.Dv * out_size, t.count,
+                  a_.out_row * out_size);
+    if (task + 1 == a_.tasks()) return;
+    const TaskRows n(a_, task + 1);
+    const T* q = (const T*)a_.q.data + n.b * a_.q.batch + n.h * a_.q.head + n.first * a_.q.row;
+    prefetch_.ask(Prefetch::kNextQueries, q, a_.D * size, n.count, a_.q.row * size);
+    const int64_t key = BlockMask::first_key(a_, n.b, n.h, n.first), kv_head = n.h / (a_.Hq / a_.Hkv);
+    if (key >= a_.Sk || (n.b == t.b && kv_head == t.h / (a_.Hq / a_.Hkv) && head_.has(key))) return;
+    ask_for_keys(Prefetch::kNextKeys, Prefetch::kNextValues, n.b, kv_head, key);
+  }
+
+  void ask_for_keys(Prefetch::Use keys, Prefetch::Use values, int64_t b, int64_t kv_head, int64_t key) {
+    const int64_t size = sizeof(T), count = a_.Sk - key < kGranule ? a_.Sk - key : kGranule;
+    const T* k = (const T*)a_.k.data + b * a_.k.batch + kv_head * a_.k.head + key * a_.k.row;
+    const T* v = (const T*)a_.v.data + b * a_.v.batch + kv_head * a_.v.head + key * a_.v.row;
+    prefetch_.ask(keys, k, a_.D * size, count, a_.k.row * size);
+    prefetch_.ask(values, v, a_.Dv * size, count, a_.v.row * size);
   }
 
   void pack_q() {
-    const T* q = (const T*)a_.q.data + rows_.b * a_.q.batch + rows_.h * a_.q.head + rows_.first * a_.q.row;
-    const BFloat16* rows = (const BFloat16*)q;
+    const QueryRows& rows = rows_[pass_];
+    const T* q = (const T*)a_.q.data + rows.b * a_.q.batch + rows.h * a_.q.head + rows.first * a_.q.row;
+    const BFloat16* from = (const BFloat16*)q;
     int64_t stride = a_.q.row;
     if (kParts > 1 || a_.D != D_) {
-      pad_rows(q, stride, rows_.count, a_.D, D_, buf_.staging);
-      rows = buf_.staging, stride = kParts * D_;
+      pad_rows(q, stride, rows.count, a_.D, D_, buf_.staging);
+      from = buf_.staging, stride = kParts * D_;
     }
     const int64_t words = D_ / 2;
     for (int p = 0; p < kParts; ++p) {
-      float* out = (float*)(buf_.q + p * words * kLaneRowBytes);
-      pack_transposed(rows_.count, words, out, [&](int row, int64_t d) {
-        return load((const float*)(rows + row * stride + p * D_) + d);
+      float* out = (float*)(buf_.q[pass_] + p * words * kPassBytes);
+      pack_transposed<kPass>(rows.count, words, out, [&](int row, int64_t d) {
+        return load((const float*)(from + row * stride + p * D_) + d);
       });
       // The tiles take lane vectors in twos.
-      if (vectors_ % 2) {
-        for (int64_t d = 0; d < words; ++d) store(out + d * kGranule + vectors_ * kLanes, zero());
+      if (rows.count <= kLanes) {
+        for (int64_t d = 0; d < words; ++d) store(out + d * kPass + kLanes, zero());
       }
     }
   }
 
   // Softmax of one unit, with the values of the unit before it and the scores of the next on the tiles.
   void walk() {
-    Tiles tiles(whole_tiles());
-    Unit now, next;
-    if (next_unit(&now)) {
-      TileProduct product[2] = {scores_of(now)};
-      Queue(tiles, product, product + 1).drain();
-      int pending = 0;  // products before the scores of the next unit: the values of the last, if any
-      for (bool more = true; more; now = next) {
-        more = next_unit(&next);
-        // Two units of one half share their columns of the buffers: then one is done before the next.
-        const bool ahead = more && next.half != now.half;
-        if (ahead) product[pending] = scores_of(next);
-        softmax_of(now, Queue(tiles, product, product + pending + ahead));
-        product[0] = values_of(now);
-        pending = 1;
-        if (!ahead) {
-          if (more) product[1] = scores_of(next);
-          Queue(tiles, product, product + 1 + more).drain();
-          pending = 0;
-        }
+    Unit *now = &unit_[0], *next = &unit_[1];
+    if (next_unit(now)) {
+      TileProduct product[2] = {scores_of(*now)};
+      TileQueue(tiles_, product, product + 1).drain();
+      int values = 0;
+      for (bool more = true; more;) {
+        more = next_unit(next);
+        if (more) product[values] = scores_of(*next);
+        softmax_of(*now, TileQueue(tiles_, product, product + values + more), more);
+        product[0] = values_of(*now);
+        values = 1;
+        Unit* done = now;
+        now = next, next = done;
       }
+      TileQueue(tiles_, product, product + 1).drain();
     }
-    clear_unseen();
   }
 
   // A unit at a time, values that are not finite kept out of the products and added where they are seen.
   void walk_exactly() {
-    Tiles tiles(whole_tiles());
-    Unit u;
+    Unit& u = unit_[0];
     while (next_unit(&u)) {
       const TileProduct scores = scores_of(u);
-      Queue(tiles, &scores, &scores + 1).drain();
-      softmax_of(u, Queue(tiles, nullptr, nullptr));
+      TileQueue(tiles_, &scores, &scores + 1).drain();
+      softmax_of(u, TileQueue(tiles_, nullptr, nullptr), 0);
       const TileProduct values = values_of(u);
-      Queue(tiles, &values, &values + 1).drain();
-      for (uint64_t keys = u.block->poisoned; keys; keys &= keys - 1)
-        add_where_seen(u, __builtin_ctzll(keys));
+      TileQueue(tiles_, &values, &values + 1).drain();
+      for (uint64_t keys = u.poisoned; keys; keys &= keys - 1) add_where_seen(u, __builtin_ctzll(keys));
     }
-    clear_unseen();
   }
 
   void add_where_seen(const Unit& u, int j) {
-    const T* v = head_.value(u.block->key + j);
-    for (int r = u.half * kBlockSide; r < (u.half + 1) * kBlockSide && r < rows_.count; ++r) {
-      if (!(u.block->words[j] >> r & 1)) continue;
-      const float p = probability(buf_.scores, j, r) + (kParts > 1 ? probability(buf_.low, j, r) : 0.f);
-      for (int64_t d = 0; d < a_.Dv; ++d) buf_.out[d * kGranule + r] += p * as_float(v[d]);
+    const T* v = head_.value(u.key + j);
+    float* out = out_of(u.pass);
+    for (int r = 0; r < rows_[u.pass].count; ++r) {
+      if (!(u.words[j] >> r & 1)) continue;
+      const float p =
+          probability(buf_.scores[u.slot], j, r) + (kParts > 1 ? probability(buf_.low[u.slot], j, r) : 0.f);
+      for (int64_t d = 0; d < a_.Dv; ++d) out[d * kPass + r] += p * as_float(v[d]);
     }
   }
 
   // Takes the keys that a bias of -inf hides from the words of the unit's rows.
-  void hide_by_bias(const Unit& u) {
-    Block& block = block_[slot_];
-    for (int j = 0; j < block.keys; ++j) {
-      for (int c = first_vector(u); c < end_vector(u); ++c) {
-        const F32 x = load(buf_.scores + j * kGranule + c * kLanes);
+  void hide_by_bias(Unit& u) {
+    for (int j = 0; j < u.keys; ++j) {
+      for (int c = 0; c < vectors_of(u); ++c) {
+        const F32 x = load(scores_in(u) + j * kPass + c * kLanes);
         const uint64_t seen = bits_of(x > splat(-__builtin_inff())) | bits_of(is_nan(x));
-        block.words[j] &= ~((~seen & low_bits(kLanes)) << (c * kLanes));
+        u.words[j] &= ~uint32_t((~seen & low_bits(kLanes)) << (c * kLanes));
       }
     }
   }
 
   static float probability(const void* pairs, int j, int r) {
-    const uint32_t pair = ((const uint32_t*)pairs)[j / 2 * kGranule + r];
+    const uint32_t pair = ((const uint32_t*)pairs)[j / 2 * kPass + r];
     return from_bits(j % 2 ? pair & 0xffff0000u : pair << 16);
   }
 
+  float* out_of(int pass) const { return buf_.out + pass * buf_.out_floats; }
+  float* scores_in(const Unit& u) const { return (float*)buf_.scores[u.slot]; }
+  int vectors_of(const Unit& u) const { return rows_[u.pass].count > kLanes ? 2 : 1; }
+
   void clear_unseen() {
-    for (int64_t h = 0; h < halves_; ++h) {
-      if (started_[h]) continue;
-      for (int64_t d = 0; d < a_.Dv; ++d) memset(buf_.out + d * kGranule + h * kBlockSide, 0, kBlockSide * 4);
+    for (int p = 0; p < passes_; ++p) {
+      if (!started_[p]) memset(out_of(p), 0, buf_.out_floats * 4);
     }
   }
 
   bool next_unit(Unit* u) {
     for (;;) {
-      if (half_ == halves_) {
-        if (!next_block()) return false;
-        half_ = 0;
+      BlockMask::Granule g;
+      while (mask_.next(&g)) {
+        if (!find_live(g, u)) continue;
+        const QueryRows& rows = rows_[pass_];
+        const int64_t after = g.key + kGranule;
+        if (after < a_.Sk && !head_.has(after)) {
+          ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows.b, rows.h / (a_.Hq / a_.Hkv), after);
+        }
+        u->key = g.key, u->keys = g.keys, u->pass = pass_;
+        u->slot = slot_ ^= 1;
+        u->poisoned = exact_ ? head_.not_finite(g.key, g.keys) : 0;
+        u->data = head_.granule(g.key, g.keys, u->poisoned);
+        if (a_.dropout) dropout_words(a_, rows, g.key, g.keys, u->keep);
+        return true;
       }
-      u->block = &block_[slot_], u->half = int(half_++);
-      for (int r = 0; r < kRuns; ++r) u->rows[r] = uint32_t(u->block->rows[r] >> (u->half * kBlockSide));
-      u->live[0] = u->rows[0] | u->rows[1], u->live[1] = u->rows[2] | u->rows[3];
-      if (u->live[0] || u->live[1]) return true;
+      if (++pass_ >= passes_) return false;
+      const QueryRows& rows = rows_[pass_];
+      mask_ = BlockMask(a_, rows.b, rows.h, rows.first, rows.count);
+      pack_q();
     }
   }
 
-  bool next_block() {
-    Block& n = block_[slot_ ^ 1];  // the other one is still in use
-    BlockMask::Granule g;
-    while (mask_.next(&g)) {
-      n.masked = g.partial || g.keys < kGranule || exact_;
-      if (g.partial) {
-        hides_keys_ = true;
-        if (!mask_.words(g, n.words)) continue;
-      } else if (n.masked) {
-        for (int j = 0; j < kGranule; ++j) n.words[j] = j < g.keys ? ~0ull : 0;
-      }
-      for (int r = 0; r < kRuns; ++r) {
-        n.rows[r] = n.masked ? 0 : ~0ull;
-        for (int j = 0; n.masked && j < kRun; ++j) n.rows[r] |= n.words[r * kRun + j];
-      }
-      n.key = g.key, n.keys = g.keys;
-      n.poisoned = exact_ ? head_.not_finite(g.key, g.keys) : 0;
-      n.data = head_.granule(g.key, g.keys, n.poisoned);
-      if (a_.dropout) dropout_words(a_, rows_, g.key, g.keys, n.keep);
-      slot_ ^= 1;
+  // What the pass sees of a granule; false: nothing.
+  bool find_live(const BlockMask::Granule& g, Unit* u) {
+    u->masked = g.partial || g.keys < kGranule || exact_;
+    if (!u->masked) {
+      for (uint32_t& rows : u->rows) rows = ~0u;
       return true;
     }
-    return false;
+    if (g.partial) {
+      hides_keys_ = true;
+      uint64_t by_row[kGranule];
+      if (!mask_.row_words(g, by_row)) return false;
+      transpose_bits_32(by_row, u->words);
+    } else {
+      for (int j = 0; j < kGranule; ++j) u->words[j] = j < g.keys ? ~0u : 0;
+    }
+    for (int r = 0; r < kRuns; ++r) u->rows[r] = any_of(load((const int32_t*)u->words + r * kRun));
+    return true;
   }
 
   TileProduct scores_of(const Unit& u) const {
-    const auto& k = u.block->data;
-    const int64_t first = u.first_live() * kBlockSide, strip = u.half * 2 * kStripBytes;
+    const auto& k = u.data;
+    const int64_t first = u.first_live() * kBlockSide;
     TileProduct p{};
     p.a = k.k + first * k.k_row, p.a_row = k.k_row, p.a_tile = kTileSide * k.k_row;
-    p.a_step = kTileRowBytes, p.a_block = kBlockSide * k.k_row, p.a_low = D_ * 2;
-    p.b = buf_.q + strip, p.b_low = D_ / 2 * kLaneRowBytes;
-    p.c = (char*)buf_.scores + first * kLaneRowBytes + strip;
-    p.steps = int(D_ / kBlockSide), p.blocks = u.count_live();
+    p.a_step = kTileRowBytes, p.a_low = D_ * 2, p.legs = kParts * kParts;
+    p.b = buf_.q[u.pass], p.b_low = D_ / 2 * kPassBytes;
+    p.c = buf_.scores[u.slot] + first * kPassBytes;
+    p.steps = int(D_ / kBlockSide), p.tiles = 2 * u.count_live();
     return p;
   }
 
   TileProduct values_of(const Unit& u) {
-    const int64_t first = u.first_live(), strip = u.half * 2 * kStripBytes;
+    const int64_t first = u.first_live();
     TileProduct p{};
-    p.a = u.block->data.v + first * kTileBytes, p.a_row = kTileRowBytes, p.a_step = kTileBytes;
-    p.a_low = 2 * kTileBytes, p.a_tile = kParts * p.a_low, p.a_block = 2 * p.a_tile;
-    p.b = (const char*)buf_.scores + first * kStepBytes + strip;
-    p.b_low = buf_.low - (const char*)buf_.scores;
-    p.c = (char*)buf_.out + strip;
-    p.steps = u.count_live(), p.blocks = int(Dv_ / kBlockSide);
-    p.accumulate = started_[u.half];
-    started_[u.half] = true;
+    p.a = u.data.v + first * kTileBytes, p.a_row = kTileRowBytes, p.a_step = kTileBytes;
+    p.a_low = 2 * kTileBytes, p.a_tile = kParts * p.a_low, p.legs = kParts == 1 ? 1 : 3;
+    p.b = buf_.scores[u.slot] + first * kStepBytes;
+    p.b_low = buf_.low[u.slot] - buf_.scores[u.slot];
+    p.c = (char*)out_of(u.pass);
+    p.steps = u.count_live(), p.tiles = int(Dv_ / kTileSide);
+    p.accumulate = started_[u.pass];
+    started_[u.pass] = true;
     return p;
   }
 
-  int first_vector(const Unit& u) const { return 2 * u.half; }
-  int end_vector(const Unit& u) const { return 2 * u.half + 2 < vectors_ ? 2 * u.half + 2 : vectors_; }
-
-  void softmax_of(const Unit& u, Queue queue) {
-    if (terms_) {
-      apply_score_terms<T>(a_, rows_, u.block->key, u.block->keys, buf_.scores, buf_.terms, first_vector(u),
-                           end_vector(u));
+  // `after`: how many products of the queue do not belong to units before this one.
+  void softmax_of(Unit& u, TileQueue queue, int after) {
+    add_terms(u);
+    const bool fast = ready_[u.pass];
+    if (!fast) {
+      queue.drain_to(after);
+      set_pivots(u);
     }
-    if (exact_ && a_.bias) hide_by_bias(u);
-    u.block->masked ? softmax_for<true>(u, queue) : softmax_for<false>(u, queue);
+    if (weigh(u, queue) || !fast) return;
+    // A score went past its row's pivot: new pivots, and the scores once more, which the weights lie over.
+    const TileProduct scores = scores_of(u);
+    TileQueue(tiles_, &scores, &scores + 1).drain();
+    add_terms(u);
+    set_pivots(u);
+    weigh(u, TileQueue(tiles_, nullptr, nullptr));
   }
 
-  // A unit of softmax is 32 sites of two pairs of keys; RATE tile products go to each.
-  template <bool MASKED>
-  void softmax_for(const Unit& u, const Queue& queue) {
+  void add_terms(Unit& u) {
     if (terms_) {
-      a_.dropout ? softmax<NaturalScores, MASKED, true, 2>(u, queue)
-                 : softmax<NaturalScores, MASKED, false, 2>(u, queue);
-    } else if (a_.dropout) {
-      softmax<FoldedScale, MASKED, true, 2>(u, queue);
-    } else {
-      const int64_t products = (D_ + Dv_) / kBlockSide * 8 * (kParts == 1 ? 1 : 3);
-      if (products <= 32) softmax<FoldedScale, MASKED, false, 1>(u, queue);
-      else if (products <= 64) softmax<FoldedScale, MASKED, false, 2>(u, queue);
-      else softmax<FoldedScale, MASKED, false, 4>(u, queue);
+      apply_score_terms<T, kPass>(a_, rows_[u.pass], u.key, u.keys, scores_in(u), buf_.terms, 0,
+                                  vectors_of(u));
     }
+    if (exact_ && a_.bias) hide_by_bias(u);
+  }
+
+  void set_pivots(const Unit& u) {
+    if (terms_) u.masked ? set_pivots<NaturalScores, true>(u) : set_pivots<NaturalScores, false>(u);
+    else u.masked ? set_pivots<FoldedScale, true>(u) : set_pivots<FoldedScale, false>(u);
+  }
+
+  // Pivots of rows that have none, or whose scores have grown past it. A pivot lies over the maximum, so that
+  // it holds for most of what follows.
+  template <class Units, bool MASKED>
+  __attribute__((noinline)) void set_pivots(const Unit& u) {
+    const F32 scale = splat(a_.scale * kLog2E), unit = splat(Units::kUnit);
+    bool ready = true;
+    for (int c = 0; c < vectors_of(u); ++c) {
+      F32 top = splat(-__builtin_inff());
+      for (int r = 0; r < kRuns; ++r) {
+        if (uint16_t(u.rows[r] >> (c * kLanes))) top = max(top, max_of<MASKED>(weights_of(u, c, r)));
+      }
+      float *pivots = buf_.max + u.pass * kPass + c * kLanes, *sums = buf_.sum + u.pass * kPass + c * kLanes;
+      const F32 before = load(pivots), maximum = Units::maximum(top, scale);
+      const Mask grown = maximum > before + unit;
+      if (any(grown)) {
+        const F32 now = select(grown, fma(unit, splat(kMargin), maximum), before);
+        const F32 alpha = select(grown, exp2<5>(Units::difference(before, now)), splat(1.f));
+        store(pivots, now);
+        store(sums, load(sums) * alpha);
+        if (started_[u.pass]) rescale(out_of(u.pass) + c * kLanes, alpha);
+      }
+      const uint32_t exist = uint32_t(low_bits(rows_[u.pass].count - c * kLanes));
+      if (~bits_of(load(pivots) > splat(-__builtin_inff())) & exist & 0xffff) ready = false;
+    }
+    ready_[u.pass] = ready;
+  }
+
+  // A unit of softmax is 32 sites of two pairs of keys; RATE tile products go to each. False where a
+  // weight is past what its pivot allows; then the sums are as they were.
+  bool weigh(const Unit& u, const TileQueue& queue) {
+    return u.masked ? weigh<true>(u, queue) : weigh<false>(u, queue);
+  }
+  template <bool MASKED>
+  bool weigh(const Unit& u, const TileQueue& queue) {
+    if (terms_) {
+      return a_.dropout ? weigh<NaturalScores, MASKED, true, 2>(u, queue)
+                        : weigh<NaturalScores, MASKED, false, 2>(u, queue);
+    }
+    if (a_.dropout) return weigh<FoldedScale, MASKED, true, 2>(u, queue);
+    const int64_t width = kParts == 1 ? D_ + Dv_ : 4 * D_ + 3 * Dv_;
+    if (width <= 128) return weigh<FoldedScale, MASKED, false, 1>(u, queue);
+    if (width <= 256) return weigh<FoldedScale, MASKED, false, 2>(u, queue);
+    return weigh<FoldedScale, MASKED, false, 4>(u, queue);
   }
 
   template <class Units, bool MASKED, bool DROPOUT, int RATE>
-  __attribute__((noinline)) void softmax(const Unit& u, Queue queue) {
-    const int from = first_vector(u), to = end_vector(u);
-    for (int c = from; c < to; ++c) {
-      const F32 scale = splat(a_.scale * kLog2E);
-      const int shift = (c - from) * kLanes;
-      F32 top = splat(-__builtin_inff());
+  __attribute__((noinline)) bool weigh(const Unit& u, TileQueue queue) {
+    const int vectors = vectors_of(u);
+    const F32 scale = splat(a_.scale * kLog2E);
+    float *pivots = buf_.max + u.pass * kPass, *sums_at = buf_.sum + u.pass * kPass;
+    Sums sums[2];
+    for (int c = 0; c < vectors; ++c) {
+      const F32 pivot = load(pivots + c * kLanes);
+      // A row that has seen nothing yet has none; any finite one gives its keys exp2(-inf) = 0.
+      const F32 from = select(pivot > splat(-__builtin_inff()), pivot, zero());
+      Sums s{load(sums_at + c * kLanes), zero(), splat_int(0)};
       for (int r = 0; r < kRuns; ++r) {
-        if (u.live[r / 2] && uint16_t(u.rows[r] >> shift)) {
-          top = max(top, max_of<MASKED>(keys_of(u, c, r)));
-        }
-        if (RATE > 1 && r % 2 && queue.busy()) queue.step();
-      }
-      const F32 before = load(buf_.max + c * kLanes), now = max(before, Units::maximum(top, scale));
-      // A row that has seen nothing yet has no maximum; any finite pivot gives its keys exp2(-inf) = 0.
-      const F32 pivot = select(now > splat(-__builtin_inff()), now, zero());
-      const F32 alpha = exp2<5>(Units::difference(before, pivot));
-      store(buf_.max + c * kLanes, now);
-      Sums sums{load(buf_.sum + c * kLanes) * alpha, zero()};
-      if (started_[u.half] && any(now > before)) rescale<RATE>(c, alpha, queue);
-      for (int r = 0; r < kRuns; ++r) {
-        if (!u.live[r / 2]) continue;
-        const Keys keys = keys_of(u, c, r);
-        if (MASKED && !uint16_t(u.rows[r] >> shift)) {
-          keys.clear();
+        prefetch_.step();
+        if (!u.live(r / 2)) continue;
+        const Weights w = weights_of(u, c, r);
+        if (MASKED && !uint16_t(u.rows[r] >> (c * kLanes))) {
+          w.clear();
           continue;
         }
         bool busy = false;
-        site<Units, MASKED, DROPOUT, RATE, 0>(keys, scale, pivot, &sums, queue, &busy);
-        site<Units, MASKED, DROPOUT, RATE, 1>(keys, scale, pivot, &sums, queue, &busy);
-        site<Units, MASKED, DROPOUT, RATE, 2>(keys, scale, pivot, &sums, queue, &busy);
-        site<Units, MASKED, DROPOUT, RATE, 3>(keys, scale, pivot, &sums, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 0>(w, scale, from, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 1>(w, scale, from, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 2>(w, scale, from, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 3>(w, scale, from, &s, queue, &busy);
       }
-      store(buf_.sum + c * kLanes, sums.even + sums.odd);
+      sums[c] = s;
     }
     queue.drain();
+    if (ready_[u.pass]) {
+      I32 large = sums[0].large;
+      if (vectors > 1) large = large | sums[1].large;
+      if (any_bits(large, 0x40000000)) return false;
+    }
+    for (int c = 0; c < vectors; ++c) store(sums_at + c * kLanes, sums[c].even + sums[c].odd);
+    return true;
   }
 
   struct Sums {
     F32 even, odd;
+    I32 large;  // the bits of all weights; from 2 on the uppermost of the exponent is set
   };
 
   // 16 keys of one lane vector: scores in, pairs of probabilities out, over scores that have been read.
-  struct Keys {
+  struct Weights {
     const float* scores;
     int32_t *high, *low;
-    const uint16_t *seen, *keep;  // a word of 64 rows a key, this lane vector's part of it
+    const uint16_t *seen, *keep;  // a word of the rows a key, this lane vector's part of it
 
     FASTATTN_INLINE void put(int pair, F32 e0, F32 e1) const {
       const I32 rounded = pack_pairs_loosely(e0, e1);
-      store(high + pair * kGranule, rounded);
+      store(high + pair * kPass, rounded);
       if constexpr (kParts > 1) {
-        store(low + pair * kGranule,
+        store(low + pair * kPass,
               pack_pairs_loosely(e0 - low_of_pairs(rounded), e1 - high_of_pairs(rounded)));
       }
     }
@@ -382,21 +466,21 @@ class AmxForward {
     }
   };
 
-  FASTATTN_INLINE Keys keys_of(const Unit& u, int c, int run) const {
-    const int key = run * kRun, pair = key / 2, lane = c * kLanes;
-    return {buf_.scores + key * kGranule + lane, (int32_t*)buf_.scores + pair * kGranule + lane,
-            (int32_t*)buf_.low + pair * kGranule + lane, (const uint16_t*)(u.block->words + key) + c,
-            (const uint16_t*)(u.block->keep + key) + c};
+  FASTATTN_INLINE Weights weights_of(const Unit& u, int c, int run) const {
+    const int key = run * kRun, at = c * kLanes;
+    return {scores_in(u) + key * kPass + at, (int32_t*)scores_in(u) + key / 2 * kPass + at,
+            (int32_t*)buf_.low[u.slot] + key / 2 * kPass + at, (const uint16_t*)(u.words + key) + c,
+            (const uint16_t*)(u.keep + key) + c};
   }
 
   template <bool MASKED>
-  static FASTATTN_INLINE F32 score(const Keys& k, int j) {
-    const F32 x = load(k.scores + j * kGranule);
-    return MASKED ? select(mask_of_bits(k.seen[j * kVectors]), x, splat(-__builtin_inff())) : x;
+  static FASTATTN_INLINE F32 score(const Weights& k, int j) {
+    const F32 x = load(k.scores + j * kPass);
+    return MASKED ? select(mask_of_bits(k.seen[j * 2]), x, splat(-__builtin_inff())) : x;
   }
 
   template <bool MASKED>
-  static FASTATTN_INLINE F32 max_of(const Keys& k) {
+  static FASTATTN_INLINE F32 max_of(const Weights& k) {
     F32 top[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) top[i] = score<MASKED>(k, i);
@@ -407,7 +491,8 @@ class AmxForward {
 
   // Two pairs of keys and the tile products that go with them.
   template <class Units, bool MASKED, bool DROPOUT, int RATE, int SITE>
-  FASTATTN_INLINE void site(const Keys& k, F32 scale, F32 pivot, Sums* sums, Queue& queue, bool* busy) const {
+  FASTATTN_INLINE void site(const Weights& k, F32 scale, F32 pivot, Sums* sums, TileQueue& queue,
+                            bool* busy) const {
     if constexpr (SITE * RATE % 4 == 0) *busy = queue.busy();  // a step begins
     if (*busy) {
       queue.template multiply<SITE * RATE % 4>();
@@ -420,41 +505,36 @@ class AmxForward {
       F32 e1 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i + 1), scale, pivot));
       sums->even = sums->even + e0;
       sums->odd = sums->odd + e1;
+      sums->large = sums->large | bits_of(e0) | bits_of(e1);
       if constexpr (DROPOUT) e0 = kept(k, 2 * i, e0), e1 = kept(k, 2 * i + 1, e1);
       k.put(i, e0, e1);
     }
   }
 
-  FASTATTN_INLINE F32 kept(const Keys& k, int j, F32 e) const {
+  FASTATTN_INLINE F32 kept(const Weights& k, int j, F32 e) const {
     return select(mask_of_bits(k.keep[j * kVectors]), e * splat(a_.dropout_scale), zero());
   }
 
-  // O^T of one lane vector times alpha, with the tiles kept busy where they are what bounds the kernel.
-  template <int RATE>
-  FASTATTN_INLINE void rescale(int c, F32 alpha, Queue& queue) const {
-    float* column = buf_.out + c * kLanes;
-    for (int64_t d = 0; d < Dv_; d += kBlockSide) {
-      if (RATE > 1 && queue.busy()) queue.step();
-#pragma GCC unroll 8
-      for (int64_t i = d; i < d + kBlockSide; ++i) {
-        store(column + i * kGranule, load(column + i * kGranule) * alpha);
-      }
-    }
+  // O^T of one lane vector times alpha.
+  void rescale(float* column, F32 alpha) const {
+    for (int64_t i = 0; i < Dv_; ++i) store(column + i * kPass, load(column + i * kPass) * alpha);
   }
 
+  Tiles tiles_{whole_tiles()};
   const AttentionArgs& a_;
   const int64_t D_, Dv_;  // padded
   const AmxBuffers buf_;
-  const QueryRows rows_;
+  const QueryRows rows_[kPasses];
   PackedHead<T> head_;
-  BlockMask mask_;
-  const int vectors_;
-  const int64_t halves_;
-  int64_t half_;  // of the block under way, the next to look at
+  BlockMask mask_;  // of the pass
+  int pass_ = 0;
+  const int passes_;
   const bool terms_, exact_;
-  bool hides_keys_ = false, started_[kHalves] = {};
+  bool hides_keys_ = false, started_[kPasses] = {};
+  bool ready_[kPasses] = {};  // all rows have pivots
   int slot_ = 0;
-  Block block_[2];
+  Prefetch prefetch_;
+  Unit unit_[2];
 };
 
 template <class T>

@@ -65,8 +65,21 @@ class BlockMask {
       const int32_t* offsets = a.block_offsets + b * a.map_batch + h * a.map_head + first_row / kGranule;
       entry_ = a.block_list + 2 * int64_t(offsets[0]);
       entries_end_ = a.block_list + 2 * int64_t(offsets[1]);
-      tiles_ = a.bit_tiles;
+      tiles_ = a.bit_tiles + first_row % kGranule;
     }
+  }
+
+  // About where the rows from `row` on begin to see keys; a guess for those who ask for memory ahead.
+  static int64_t first_key(const AttentionArgs& a, int64_t b, int64_t h, int64_t row) {
+    int64_t key = 0;
+    if (a.has_band_lo) key = larger(key, row + a.band_lo);
+    if (a.lo) key = larger(key, a.lo[b * a.lo_batch + h * a.lo_head + row * a.lo_row]);
+    if (a.block_offsets) {
+      const int32_t* offsets = a.block_offsets + b * a.map_batch + h * a.map_head + row / kGranule;
+      if (offsets[0] < offsets[1])
+        key = larger(key, int64_t(a.block_list[2 * int64_t(offsets[0])]) * kGranule);
+    }
+    return key / kGranule * kGranule;
   }
 
   // The next granule that may be visible, in key order.

@@ -95,6 +95,9 @@ class PackedHead {
     return {k, kParts * layout_.D * 2, v};
   }
 
+  // Whether a granule has been read since the thread met this head.
+  bool has(int64_t key) const { return key / kGranule < layout_.kept && packed_[key / kGranule]; }
+
   const T* value(int64_t key) const { return v_ + key * v_stride_; }
 
   // Bit j: a number of the values of key + j is not finite.

@@ -18,7 +18,7 @@ struct QueryRows {
 
   QueryRows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int count)
       : b(b), h(h), first(first), count(count) {
-    for (int r = 0; r < kGranule; ++r) {
+    for (int r = 0; r < kGranule && r < count + kLanes; ++r) {
       const int64_t i = first + (r < count ? r : count - 1);
       position[r] = a.q_pos ? a.q_pos[b * a.q_pos_batch + i * a.q_pos_row] : int32_t(i);
     }
@@ -36,8 +36,9 @@ inline bool has_score_terms(const AttentionArgs& a) {
 
 FASTATTN_INLINE Mask hidden_by(F32 bias) { return splat(-3.402823466e38f) > bias; }
 
-// terms[key][lane] = bias(row = lane, key), whichever way the tensor lies, for lane vectors [from, to).
-template <class T>
+// terms[key][lane] = bias(row = lane, key), whichever way the tensor lies, for lane vectors [from, to). ROW:
+// the floats of a row of terms and scores.
+template <class T, int64_t ROW = kGranule>
 void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* terms, int from,
                  int to) {
   const T* bias = (const T*)a.bias + rows.b * a.bias_batch + rows.h * a.bias_head + rows.first * a.bias_row +
@@ -45,7 +46,7 @@ void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int
   if (a.bias_row == 0) {
     for (int j = 0; j < keys; ++j) {
       const F32 x = splat(as_float(bias[j * a.bias_key]));
-      for (int c = from; c < to; ++c) store(terms + j * kGranule + c * kLanes, x);
+      for (int c = from; c < to; ++c) store(terms + j * ROW + c * kLanes, x);
     }
   } else if (a.bias_key == 1) {
     for (int c = from; c < to; ++c) {
@@ -56,25 +57,25 @@ void gather_bias(const AttentionArgs& a, const QueryRows& rows, int64_t key, int
           r[i] = lane < rows.count ? load_n(bias + lane * a.bias_row + j, keys - j) : zero();
         }
         transpose(r);
-        for (int i = 0; i < kLanes && j + i < keys; ++i) store(terms + (j + i) * kGranule + c * kLanes, r[i]);
+        for (int i = 0; i < kLanes && j + i < keys; ++i) store(terms + (j + i) * ROW + c * kLanes, r[i]);
       }
     }
   } else {
     for (int j = 0; j < keys; ++j) {
       for (int r = from * kLanes; r < to * kLanes && r < rows.count; ++r) {
-        terms[j * kGranule + r] = as_float(bias[r * a.bias_row + j * a.bias_key]);
+        terms[j * ROW + r] = as_float(bias[r * a.bias_row + j * a.bias_key]);
       }
     }
   }
 }
 
 // scores: raw q.k in, natural units out, in lane vectors [from, to). `terms` is scratch of the same shape.
-template <class T>
+template <class T, int64_t ROW = kGranule>
 void apply_score_terms(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys, float* scores,
                        float* terms, int from, int to) {
   if (a.bias) {
-    a.bias_fp32 ? gather_bias<float>(a, rows, key, keys, terms, from, to)
-                : gather_bias<T>(a, rows, key, keys, terms, from, to);
+    a.bias_fp32 ? gather_bias<float, ROW>(a, rows, key, keys, terms, from, to)
+                : gather_bias<T, ROW>(a, rows, key, keys, terms, from, to);
   }
   const F32 scale = splat(a.scale), cap = splat(a.softcap), inverse_cap = splat(1.f / a.softcap);
   const F32 slope =
@@ -82,10 +83,10 @@ void apply_score_terms(const AttentionArgs& a, const QueryRows& rows, int64_t ke
   for (int j = 0; j < keys; ++j) {
     const I32 k_pos = splat_int(a.alibi_slopes ? key_position(a, rows.b, key + j) : 0);
     for (int c = from; c < to; ++c) {
-      float* at = scores + j * kGranule + c * kLanes;
+      float* at = scores + j * ROW + c * kLanes;
       F32 s = load(at) * scale;
       if (a.softcap != 0.f) s = cap * tanh(s * inverse_cap);
-      const F32 b = a.bias ? load(terms + j * kGranule + c * kLanes) : zero();
+      const F32 b = a.bias ? load(terms + j * ROW + c * kLanes) : zero();
       if (a.bias) s = s + b;
       if (a.alibi_slopes) s = s - slope * abs(to_float(load(rows.position + c * kLanes) - k_pos));
       // A bias of -inf hides its key, a NaN of it too.

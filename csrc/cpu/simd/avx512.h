@@ -146,6 +146,32 @@ FASTATTN_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)
 FASTATTN_INLINE I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 FASTATTN_INLINE I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Bits that any lane has.
+FASTATTN_INLINE uint32_t any_of(I32 a) { return uint32_t(_mm512_reduce_or_epi32(a.v)); }
+// Bit r of columns[j] is bit j of rows[r], for 32 rows of 64 bits.
+inline void transpose_bits_32(const uint64_t* rows, uint32_t* columns) {
+  __m512i bytes[4];  // bits of 8 rows a column
+  for (int g = 0; g < 4; ++g) {
+    bytes[g] = _mm512_setzero_si512();
+    for (int r = 0; r < 8; ++r) {
+      bytes[g] = _mm512_mask_add_epi8(bytes[g], rows[8 * g + r], bytes[g], _mm512_set1_epi8(char(1 << r)));
+    }
+  }
+  const __m512i l0 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), h0 = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
+  const __m512i l1 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), h1 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+  // Within each 128 bits the columns are in order, 4 of them a vector.
+  const __m512i q[4] = {_mm512_unpacklo_epi16(l0, l1), _mm512_unpackhi_epi16(l0, l1),
+                        _mm512_unpacklo_epi16(h0, h1), _mm512_unpackhi_epi16(h0, h1)};
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_si128((__m128i*)(columns + 4 * i), _mm512_extracti32x4_epi32(q[i], 0));
+    _mm_storeu_si128((__m128i*)(columns + 16 + 4 * i), _mm512_extracti32x4_epi32(q[i], 1));
+    _mm_storeu_si128((__m128i*)(columns + 32 + 4 * i), _mm512_extracti32x4_epi32(q[i], 2));
+    _mm_storeu_si128((__m128i*)(columns + 48 + 4 * i), _mm512_extracti32x4_epi32(q[i], 3));
+  }
+}
+FASTATTN_INLINE bool any_bits(I32 a, int32_t of) {
+  return _mm512_test_epi32_mask(a.v, _mm512_set1_epi32(of)) != 0;
+}
 template <int N>
 FASTATTN_INLINE I32 shift_right(I32 a) {
   return {_mm512_srli_epi32(a.v, N)};
@@ -209,13 +235,14 @@ FASTATTN_INLINE I32 pack_pairs(F32 low, F32 high) {
                                          22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return {_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v))};
 }
-// The same, but ties go away from zero and NaN may become any number: four plain instructions, where the
-// conversion and the permutation take six slots on Intel cores.
+// The same, but ties go away from zero and NaN may become any number: three instructions that Intel cores run
+// on the port which their matrix unit leaves free.
 FASTATTN_INLINE I32 pack_pairs_loosely(F32 low, F32 high) {
-  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int32_t(0xffff0000));
-  const __m512i l = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low.v), half), 16);
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i l = _mm512_add_epi32(_mm512_castps_si512(low.v), half);
   const __m512i h = _mm512_add_epi32(_mm512_castps_si512(high.v), half);
-  return {_mm512_ternarylogic_epi32(h, upper, l, 0xea)};  // (h & upper) | l
+  const __m512i upper_down = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+  return {_mm512_mask_shuffle_epi8(h, 0x3333333333333333, l, upper_down)};
 }
 FASTATTN_INLINE F32 low_of_pairs(I32 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
 FASTATTN_INLINE F32 high_of_pairs(I32 x) {
