@@ -93,8 +93,8 @@ class AttentionBackward {
 
  public:
   static int64_t bytes(const AttentionBwdArgs& a, bool heads) {
-    return 4 * (Tile::floats(a) + dq_floats(a, heads) + key_rows(a, heads) * (padded(a.D) + padded(a.Dv)) +
-                sum_rows(a, heads) * kGranule);
+    return 4 * (Tile::floats(a, places(a, heads)) + dq_floats(a, heads) +
+                key_rows(a, heads) * (Rows::wide(a.D) + Rows::wide(a.Dv)) + sum_rows(a, heads) * kGranule);
   }
 
   // Head by head of a group, the K granules; for each the batches of the task, for each its query blocks.
@@ -104,6 +104,7 @@ class AttentionBackward {
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv_head * group + g;
       clear(f.dq_, dq_floats(a, true));
+      f.tile_.forget_queries();
       for (int64_t n = 0; n < a.k_blocks(); ++n) {
         if (a.sums_in_heads) clear(f.sum_, sum_rows(a, true) * kGranule);
         for (int64_t i = 0; i < a.batches; ++i) {
@@ -113,7 +114,7 @@ class AttentionBackward {
         if (a.sums_in_heads) f.store_bias(a.bias_B > 1 ? b : 0, a.bias_H > 1 ? h : 0, 0, n, a.Sq);
       }
       for (int64_t i = 0; i < a.batches; ++i) {
-        f.store_rows(a.dq, b + i, h, 0, a.Sq, a.D, f.dq_ + i * round_up(a.Sq) * f.wide_, a.scale);
+        f.store_rows(a.dq, b + i, h, 0, a.Sq, a.D, f.dq_ + i * round_up(a.Sq) * f.wide_, f.wide_, a.scale);
       }
     }
   }
@@ -150,9 +151,10 @@ class AttentionBackward {
     BlockMask::Granule g;
     while (mask.next(&g)) {
       f.tile_.load_keys(b, h / (a.Hq / a.Hkv), g.key / kGranule);
-      if (f.tile_.template compute<TileUse::kProducts>(b, h, block, g.tile)) f.tile_.add_dq(f.dq_);
+      f.tile_.template compute<TileUse::kProducts>(b, h, block, g.tile, 0, {f.dq_, nullptr, nullptr});
     }
-    f.store_rows(a.dq, b, h, first, count, a.D, f.dq_, a.scale);
+    f.tile_.finish();
+    f.store_rows(a.dq, b, h, first, count, a.D, f.dq_, f.wide_, a.scale);
   }
 
   static void keys(const AttentionBwdArgs& a, int64_t task, void* scratch) {
@@ -176,7 +178,7 @@ class AttentionBackward {
       for (int64_t b = by_batch ? map_b : 0; b < (by_batch ? map_b + 1 : a.B); ++b) {
         for (int64_t h = by_head ? map_h : 0; h < (by_head ? map_h + 1 : a.Hq); ++h) {
           f.tile_.sum_into(f.sum_, nullptr);
-          f.template each<TileUse::kSums>(b, h, n, m, m + 1, [](int64_t) {});
+          f.template each<TileUse::kSums>(b, h, n, m, m + 1, {}, [](int64_t) {});
         }
       }
       if (a.bias_Sk > 1) f.store_bias(map_b, map_h, m, n, count);
@@ -194,7 +196,7 @@ class AttentionBackward {
     clear(f.sum_, kGranule * kGranule);
     f.tile_.sum_into(f.sum_, nullptr);
     for (int64_t n = 0; n < a.k_blocks(); ++n) {
-      f.template each<TileUse::kSums>(b, h, n, 0, a.q_blocks(), [&](int64_t) {
+      f.template each<TileUse::kSums>(b, h, n, 0, a.q_blocks(), {}, [&](int64_t) {
         sum -= f.distances();
         clear(f.sum_, kGranule * kGranule);
       });
@@ -206,20 +208,24 @@ class AttentionBackward {
   AttentionBackward(const AttentionBwdArgs& a, typename Tile::Wanted wanted, void* scratch, bool heads)
       : a_(a),
         wanted_(wanted),
-        wide_(padded(a.D)),
-        wide_v_(padded(a.Dv)),
+        wide_(Rows::wide(a.D)),
+        wide_v_(Rows::wide(a.Dv)),
         sums_(heads && a.sums_in_heads),
         all_keys_(heads && a.Hq != a.Hkv),
-        tile_(a, wanted, (float*)scratch) {
-    dq_ = (float*)scratch + Tile::floats(a);
+        tile_(a, wanted, places(a, heads), (float*)scratch) {
+    dq_ = (float*)scratch + Tile::floats(a, places(a, heads));
     dk_ = dq_ + dq_floats(a, heads);
     dv_ = dk_ + key_rows(a, heads) * wide_;
     sum_ = dv_ + key_rows(a, heads) * wide_v_;
   }
 
   static int64_t round_up(int64_t rows) { return (rows + kGranule - 1) / kGranule * kGranule; }
+  // Query blocks that every K granule of a task asks for.
+  static int64_t places(const AttentionBwdArgs& a, bool heads) {
+    return heads ? a.batches * a.q_blocks() : 0;
+  }
   static int64_t dq_floats(const AttentionBwdArgs& a, bool heads) {
-    return (heads ? a.batches * round_up(a.Sq) : kGranule) * padded(a.D);
+    return (heads ? a.batches * round_up(a.Sq) : kGranule) * Rows::wide(a.D);
   }
   // A group's heads come one after the other, so their sums wait for the last in all rows of dk and dv.
   static int64_t key_rows(const AttentionBwdArgs& a, bool heads) {
@@ -230,13 +236,26 @@ class AttentionBackward {
   }
   static void clear(float* x, int64_t floats) { memset(x, 0, size_t(floats) * 4); }
 
+  // Where one head's share of a K granule goes.
+  struct Share {
+    float* dq;         // null: not asked for; rows of the head
+    int64_t place;     // of the batch within the task
+    bool first, last;  // of the group
+    float *dk = nullptr, *dv = nullptr;
+  };
+
   // visit(m) for those of the head's query blocks [from, to) that see K granule n, with the tile computed.
   template <TileUse USE, class Visit>
-  void each(int64_t b, int64_t h, int64_t n, int64_t from, int64_t to, const Visit& visit) {
+  void each(int64_t b, int64_t h, int64_t n, int64_t from, int64_t to, const Share& share,
+            const Visit& visit) {
     tile_.load_keys(b, h / (a_.Hq / a_.Hkv), n);
     const auto compute = [&](int64_t m, const uint64_t* bits) {
       if (sums_) tile_.sum_into(sum_ + m * kGranule * kGranule, nullptr);
-      if (tile_.template compute<USE>(b, h, m, bits)) visit(m);
+      float* dq = share.dq ? share.dq + m * kGranule * wide_ : nullptr;
+      if (tile_.template compute<USE>(b, h, m, bits, share.place * a_.q_blocks() + m,
+                                      {dq, share.dk, share.dv})) {
+        visit(m);
+      }
     };
     if (!a_.block_offsets_t) {
       for (int64_t m = from; m < to; ++m) compute(m, nullptr);
@@ -249,57 +268,68 @@ class AttentionBackward {
     }
   }
 
-  // Where one head's share of a K granule goes.
-  struct Share {
-    float* dq;         // null: not asked for; rows of the head
-    int64_t place;     // of the batch within the task
-    bool first, last;  // of the group
-  };
-
-  void keys_of_head(int64_t b, int64_t h, int64_t n, const Share& to) {
+  void keys_of_head(int64_t b, int64_t h, int64_t n, Share to) {
     const int64_t row = all_keys_ ? to.place * round_up(a_.Sk) + n * kGranule : 0;
     float *dk = dk_ + row * wide_, *dv = dv_ + row * wide_v_;
     if (to.first) clear(dk, kGranule * wide_), clear(dv, kGranule * wide_v_);
     alignas(64) float part[kGranule];
     double columns[kGranule] = {};
-    const auto add = [&](int64_t m) {
-      if (wanted_.dv) tile_.add_dv(dv);
-      if (wanted_.dk) tile_.add_dk(dk);
-      if (to.dq) tile_.add_dq(to.dq + m * kGranule * wide_);
-    };
+    to.dk = wanted_.dk ? dk : nullptr, to.dv = wanted_.dv ? dv : nullptr;
     if (a_.dbias_columns) {
       clear(part, kGranule);
       tile_.sum_into(nullptr, part);
-      each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), [&](int64_t m) {
-        add(m);
+      each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), to, [&](int64_t) {
         for (int j = 0; j < tile_.keys(); ++j) columns[j] += part[j];
         clear(part, kGranule);
       });
       float* out = a_.dbias_columns + (b * a_.Hq + h) * a_.Sk + tile_.key();
       for (int j = 0; j < tile_.keys(); ++j) out[j] = float(columns[j]);
     } else if (sums_) {
-      each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), add);
+      each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), to, [](int64_t) {});
     } else {
-      each<TileUse::kProducts>(b, h, n, 0, a_.q_blocks(), add);
+      each<TileUse::kProducts>(b, h, n, 0, a_.q_blocks(), to, [](int64_t) {});
     }
+    tile_.finish();
     if (!to.last) return;
     const int64_t kv_head = h / (a_.Hq / a_.Hkv), key = tile_.key();
-    if (wanted_.dk) store_rows(a_.dk, b, kv_head, key, tile_.keys(), a_.D, dk, a_.scale);
-    if (wanted_.dv) store_rows(a_.dv, b, kv_head, key, tile_.keys(), a_.Dv, dv, 1.f);
+    if (wanted_.dk) store_keys(a_.dk, b, kv_head, key, tile_.keys(), a_.D, dk, wide_, a_.scale);
+    if (wanted_.dv) store_keys(a_.dv, b, kv_head, key, tile_.keys(), a_.Dv, dv, wide_v_, 1.f);
+  }
+
+  void store_keys(const Gradient& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
+                  const float* from, int64_t wide, float factor) const {
+    if (!Rows::kTiles) return store_rows(g, b, h, first, count, width, from, wide, factor);
+    const int64_t at = b * g.batch + h * g.head + first * g.row;
+    if (a_.grads_fp32) store_turned((float*)g.data + at, g.row, count, width, from, factor);
+    else store_turned((T*)g.data + at, g.row, count, width, from, factor);
+  }
+  // from: [width][64 rows].
+  template <class Out>
+  static void store_turned(Out* out, int64_t stride, int64_t count, int64_t width, const float* from,
+                           float factor) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      for (int64_t r = 0; r < count; r += kLanes) {
+        F32 x[kLanes];
+        for (int i = 0; i < kLanes; ++i) x[i] = load(from + (d + i) * kGranule + r);
+        transpose(x);
+        for (int i = 0; i < kLanes && r + i < count; ++i)
+          store_n(out + (r + i) * stride + d, x[i] * splat(factor), width - d);
+      }
+    }
   }
 
   void store_rows(const Gradient& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
-                  const float* from, float factor) const {
+                  const float* from, int64_t wide, float factor) const {
     const int64_t at = b * g.batch + h * g.head + first * g.row;
-    if (a_.grads_fp32) store_as((float*)g.data + at, g.row, count, width, from, factor);
-    else store_as((T*)g.data + at, g.row, count, width, from, factor);
+    if (a_.grads_fp32) store_as((float*)g.data + at, g.row, count, width, from, wide, factor);
+    else store_as((T*)g.data + at, g.row, count, width, from, wide, factor);
   }
   template <class Out>
   static void store_as(Out* out, int64_t stride, int64_t count, int64_t width, const float* from,
-                       float factor) {
-    for (int64_t r = 0; r < count; ++r, out += stride) {
-      for (int64_t d = 0; d < width; d += kLanes, from += kLanes) {
-        store_n(out + d, load(from) * splat(factor), width - d);
+                       int64_t wide, float factor) {
+    for (int64_t r = 0; r < count; ++r, out += stride, from += wide) {
+      for (int64_t d = 0; d < width; d += kLanes) {
+        store_n(out + d, load(from + d) * splat(factor), width - d);
       }
     }
   }
@@ -350,12 +380,18 @@ class AttentionBackward {
   float *dq_, *dk_, *dv_, *sum_;
 };
 
-// Which operands a storage takes: pairs of bf16 where the machine has their dot.
+// Which operands a storage takes: tiles of bf16 where the machine has them, else pairs where it has their
+// dot.
 template <class T>
 struct Operands {
   using Best = WidenedRows<T>;
 };
-#ifdef FASTATTN_HAS_DOT2
+#if defined FASTATTN_HAS_TILES
+template <>
+struct Operands<BFloat16> {
+  using Best = TiledRows;
+};
+#elif defined FASTATTN_HAS_DOT2
 template <>
 struct Operands<BFloat16> {
   using Best = PairedRows;
@@ -371,7 +407,7 @@ struct Of {
 template <class T, class Call>
 auto with_backward(const AttentionBwdArgs& a, const Call& call) {
   using Best = typename Operands<T>::Best;
-  if (a.D % Best::kRows == 0 && a.Dv % Best::kRows == 0) return call(Of<AttentionBackward<T, Best>>{});
+  if (Best::takes(a.D) && Best::takes(a.Dv)) return call(Of<AttentionBackward<T, Best>>{});
   return call(Of<AttentionBackward<T, WidenedRows<T>>>{});
 }
 

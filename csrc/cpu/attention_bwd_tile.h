@@ -12,6 +12,9 @@
 
 #include "attention.h"
 #include "attention_bwd_args.h"
+#ifdef FASTATTN_HAS_TILES
+#include "attention_bwd_amx.h"
+#endif
 
 namespace fastattn {
 namespace {
@@ -32,11 +35,21 @@ uint64_t rows_not_finite(const T* x, int64_t stride, int rows, int64_t width) {
   return bad;
 }
 
+// What operands that are no tiles need besides their buffers.
+struct NoMatrices {
+  NoMatrices(const AttentionBwdArgs&, int64_t, float*) {}
+};
+
 // The products on fp32 operands. Rows are widened to fp32, `padded(width)` apart.
 template <class T>
 struct WidenedRows {
   using Product = FmaProduct;
+  using Matrices = NoMatrices;
   static constexpr int kRows = 1;  // rows of an operand that one step of a product takes
+  static constexpr bool kTiles = false;
+
+  static bool takes(int64_t) { return true; }
+  static int64_t wide(int64_t width) { return padded(width); }
 
   static void pack_lanes(const T* x, int64_t stride, int count, int64_t width, float* out) {
     WidenedOperands<T>::pack_q(x, stride, count, width, out);
@@ -61,8 +74,12 @@ struct WidenedRows {
 // The products on bf16 pairs; D and Dv are even. Q and dO are read in place and as pairs of adjacent rows.
 struct PairedRows {
   using Product = Dot2Product;
+  using Matrices = NoMatrices;
   static constexpr int kRows = 2;
+  static constexpr bool kTiles = false;
 
+  static bool takes(int64_t width) { return width % 2 == 0; }
+  static int64_t wide(int64_t width) { return padded(width); }
   static void pack_lanes(const BFloat16* x, int64_t stride, int count, int64_t width, float* out) {
     PairedOperands::pack_q(x, stride, count, width, out);
   }
@@ -89,6 +106,38 @@ struct PairedRows {
 };
 #endif
 
+#ifdef FASTATTN_HAS_TILES
+// The products on tiles, of any width.
+struct TiledRows {
+  using Product = Dot2Product;
+  using Matrices = GradientMatrices;
+  static constexpr int kRows = 2;
+  static constexpr bool kTiles = true;
+
+  static bool takes(int64_t) { return true; }
+  static int64_t wide(int64_t width) { return padded_width(width); }
+
+  // Two lane vectors of two rows as pairs of rows, and as rows of pairs of keys that lie 16 apart, 32 words
+  // from row to row. Rounded as pack_pairs_loosely does it.
+  static FASTATTN_INLINE void put_pairs(const F32 (&x)[2][2], int32_t* pairs, int32_t* rows = nullptr) {
+    I32 high[2][2], low[2][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        high[r][i] = bits_of(x[r][i]) + splat_int(0x8000);
+        low[r][i] = shift_right<16>(high[r][i]);
+      }
+    }
+    store(pairs, merge_halves(high[1][0], low[0][0]));
+    store(pairs + kLanes, merge_halves(high[1][1], low[0][1]));
+    if (!rows) return;
+    store(rows, merge_halves(high[0][1], low[0][0]));
+    store(rows + kGranule / 2, merge_halves(high[1][1], low[1][0]));
+  }
+};
+#endif
+
 // What a tile is computed for: the products, sums of dS over tiles, or both.
 enum class TileUse { kProducts, kSums, kBoth };
 
@@ -98,7 +147,9 @@ class GradientTile {
   static constexpr int kRows = Rows::kRows;
 
  public:
-  static int64_t floats(const AttentionBwdArgs& a) {
+  // `places`: query blocks whose operands are kept for the K granules to come.
+  static int64_t floats(const AttentionBwdArgs& a, int64_t places) {
+    if constexpr (Rows::kTiles) return Rows::Matrices::bytes(a, places) / 4;
     return kGranule * (a.D + a.Dv + 2 * padded(a.D) + padded(a.Dv) + 5 * kGranule);
   }
 
@@ -107,15 +158,21 @@ class GradientTile {
     bool dq, dk, dv;
   };
 
-  GradientTile(const AttentionBwdArgs& a, Wanted wanted, float* scratch)
+  GradientTile(const AttentionBwdArgs& a, Wanted wanted, int64_t places, float* scratch)
       : a_(a),
         wanted_(wanted),
-        wide_(padded(a.D)),
-        wide_v_(padded(a.Dv)),
+        wide_(Rows::wide(a.D)),
+        wide_v_(Rows::wide(a.Dv)),
         terms_(has_score_terms(a)),
         factor_(terms_ ? 1.f : a.scale * kLog2E),
         unit_(terms_ ? kLog2E : 1.f),
+        matrices_(a, places, scratch),
         rows_(a, 0, 0, 0, 1) {
+    if constexpr (Rows::kTiles) {
+      scores_ = matrices_.scores, ds_ = matrices_.ds, cap_ = matrices_.cap;
+      ds_narrow_ = matrices_.ds_narrow;
+      return;
+    }
     const auto take = [&](int64_t width) {
       float* at = scratch;
       scratch += kGranule * width;
@@ -126,6 +183,21 @@ class GradientTile {
     scores_ = take(kGranule), ds_ = take(kGranule), cap_ = take(kGranule);
     p_pairs_ = (int32_t*)take(kGranule / 2), ds_pairs_ = (int32_t*)take(kGranule / 2);
     ds_narrow_ = take(kGranule / 2);
+  }
+
+  // Where gradients are summed up; null: not asked for. dq has the block's rows, dk and dv the granule's
+  // keys: [64][wide], or on tiles [wide][64].
+  struct Targets {
+    float *dq, *dk, *dv;
+  };
+
+  // Query blocks of another head come.
+  void forget_queries() {
+    if constexpr (Rows::kTiles) matrices_.forget_queries();
+  }
+  // Products may wait for the tile after theirs.
+  void finish() {
+    if constexpr (Rows::kTiles) matrices_.finish();
   }
 
   // The K granule of the tiles to come.
@@ -141,31 +213,57 @@ class GradientTile {
   // be null.
   void sum_into(float* tile, float* columns) { sum_tile_ = tile, sum_columns_ = columns; }
 
-  // P and dS of the loaded keys and a block of queries, `tile` their bits or null; false where no row sees
-  // any key.
+  // P and dS of the loaded keys and a block of queries, `tile` their bits or null, and from them the
+  // products; false where no row sees any key. `place` is the block's among those to be kept.
   template <TileUse USE>
-  bool compute(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile) {
-    if (!load_queries<USE>(b, h, q_block, tile)) return false;
+  bool compute(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile, int64_t place,
+               const Targets& to) {
+    if (!load_queries<USE>(b, h, q_block, tile, place)) return false;
     if (a_.dropout) dropout();
-    if (masked_) a_.dropout ? gradients<USE, true, true>() : gradients<USE, true, false>();
-    else a_.dropout ? gradients<USE, false, true>() : gradients<USE, false, false>();
+    if constexpr (Rows::kTiles) {
+      by_blocks<USE>(to);
+    } else {
+      scores<USE>();
+      gradients_of<USE>(0, segments_);
+      if constexpr (USE != TileUse::kSums) {
+        Rows::clear_rows(block_->bad_q, a_.D, q_rows_);
+        Rows::clear_rows(block_->bad_dout, a_.Dv, dout_rows_);
+        if (to.dv)
+          add_keys(kRows == 1 ? (const char*)scores_ : (const char*)p_pairs_, dout_rows_, wide_v_, to.dv);
+        if (to.dk) add_keys(kRows == 1 ? (const char*)ds_ : (const char*)ds_pairs_, q_rows_, wide_, to.dk);
+        if (to.dq) add_queries(to.dq);
+      }
+    }
     if constexpr (USE != TileUse::kSums) {
-      Rows::clear_rows(block_->bad_q, a_.D, q_rows_);
-      Rows::clear_rows(block_->bad_dout, a_.Dv, dout_rows_);
+      if (bad_k_ | block_->bad_q | block_->bad_dout) add_bad_rows(to);
     }
     return true;
   }
 
   // Adds the probabilities of the block's extreme rows, without dropout.
   void add_extremes(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile, double* sums) {
-    if (!load_queries<TileUse::kSums>(b, h, q_block, tile)) return;
-    for (int r = 0; r < rows_.count; ++r) {
-      if (!(block_->extreme >> r & 1)) continue;
-      for (int j = 0; j < keys_; ++j) {
-        if (!seen(r, j)) continue;
-        const float s = scores_[r * kGranule + j];
-        sums[r] += __builtin_exp2f((s * factor_ - lse_[r]) * unit_);
+    if (!load_queries<TileUse::kSums>(b, h, q_block, tile, 0)) return;
+    const auto add = [&](int from, int to) {
+      for (int s = from; s < to; ++s) {
+        const Segment& seg = segment_[s];
+        for (int r = seg.first; r < seg.last; ++r) {
+          if (!(block_->extreme >> r & 1)) continue;
+          for (int j = seg.from * kLanes; j < seg.to * kLanes; ++j) {
+            if (seen(r, j))
+              sums[r] += __builtin_exp2f((scores_[r * kGranule + j] * factor_ - lse_[r]) * unit_);
+          }
+        }
       }
+    };
+    if constexpr (Rows::kTiles) {
+      for (int s = 0; s < segments_; ++s) {
+        matrices_.compute_scores(segment_[s]);
+        score_terms(s, s + 1);
+        add(s, s + 1);
+      }
+    } else {
+      scores<TileUse::kSums>();
+      add(0, segments_);
     }
   }
 
@@ -173,57 +271,10 @@ class GradientTile {
   int64_t key() const { return key_; }
   int keys() const { return keys_; }
 
-  // acc[row][column] += dS K, for the block's rows.
-  void add_dq(float* acc) const {
-    const char* ds = kRows == 1 ? (const char*)ds_ : (const char*)ds_narrow_;
-    constexpr int64_t kRowBytes = kGranule * 4 / kRows;
-    for (int s = 0; s < segments_; ++s) {
-      const Segment& seg = segment_[s];
-      const int from = seg.from * kLanes, to = last_key(seg);
-      const Broadcast part{ds + seg.first * kRowBytes + from / kRows * 4, kRowBytes, 4};
-      product<Product, Start::kAccumulate, false>(part, seg.last - seg.first, (to - from + kRows - 1) / kRows,
-                                                  k_rows_ + from / kRows * wide_, acc + seg.first * wide_, 0,
-                                                  int(wide_ / kLanes), wide_, wide_);
-    }
-    uint64_t bad = bad_k_;
-    for (int j = 0; bad; ++j, bad >>= 1) {
-      if (!(bad & 1)) continue;
-      for (int r = 0; r < rows_.count; ++r) {
-        if (seen(r, j)) add_row(ds_at(r, j), k_ + j * a_.k.row, a_.D, acc + r * wide_);
-      }
-    }
-  }
-
-  // acc[key][column] += dS^T Q.
-  void add_dk(float* acc) const {
-    add_keys(kRows == 1 ? (const char*)ds_ : (const char*)ds_pairs_, q_rows_, wide_, acc);
-    const T* q = row_of<T>(a_.q);
-    uint64_t bad = block_->bad_q;
-    for (int r = 0; bad; ++r, bad >>= 1) {
-      if (!(bad & 1)) continue;
-      for (int j = 0; j < keys_; ++j) {
-        if (seen(r, j)) add_row(ds_at(r, j), q + r * a_.q.row, a_.D, acc + j * wide_);
-      }
-    }
-  }
-
-  // acc[key][column] += P^T dO.
-  void add_dv(float* acc) const {
-    add_keys(kRows == 1 ? (const char*)scores_ : (const char*)p_pairs_, dout_rows_, wide_v_, acc);
-    const T* dout = row_of<T>(a_.dout);
-    uint64_t bad = block_->bad_dout;
-    for (int r = 0; bad; ++r, bad >>= 1) {
-      if (!(bad & 1)) continue;
-      for (int j = 0; j < keys_; ++j) {
-        if (seen(r, j)) add_row(p_at(r, j), dout + r * a_.dout.row, a_.Dv, acc + j * wide_v_);
-      }
-    }
-  }
-
  private:
-  // Masks and scores of a block of queries; false where no row sees any key.
+  // Masks and operands of a block of queries; false where no row sees any key.
   template <TileUse USE>
-  bool load_queries(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile) {
+  bool load_queries(int64_t b, int64_t h, int64_t q_block, const uint64_t* tile, int64_t place) {
     const int64_t row = (b * a_.Hq + h) * a_.Sq + q_block * kGranule;
     block_ = &a_.blocks[(b * a_.Hq + h) * a_.q_blocks() + q_block];
     const KeyExtent extent{block_->seen_lo, block_->seen_hi, block_->all_lo, block_->all_hi};
@@ -235,37 +286,88 @@ class GradientTile {
     if (masked_) {
       const BlockMask mask(a_, b, h, first, count);
       if (!mask.row_words({key_, keys_, true, tile}, words_)) return false;
-      segments_ = segments_of(words_, count, segment_);
     } else {
       for (uint64_t& word : words_) word = ~0ull;
-      segment_[0] = {0, count, 0, kVectors}, segments_ = 1;
     }
+    if (Rows::kTiles) segments_ = blocks_of(words_, count, segment_);
+    else if (masked_) segments_ = segments_of(words_, count, segment_);
+    else segment_[0] = {0, count, 0, kVectors}, segments_ = 1;
     rows_ = QueryRows(a_, b, h, first, count);
     lse_ = a_.exponent + row, shift_ = a_.shift + row, delta_ = a_.delta + row;
     if (!packed_) pack_keys<USE>();
-    scores<USE>();
-    if (terms_) {
-      masked_ |=
-          !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_, segments_, scores_, cap_, words_);
+    if constexpr (Rows::kTiles) {
+      constexpr bool kProducts = USE != TileUse::kSums;
+      matrices_.load_queries(row_of<T>(a_.q), row_of<T>(a_.dout), count, *block_, place,
+                             kProducts && wanted_.dk, kProducts && wanted_.dv);
     }
     return true;
+  }
+
+  // The blocks of 32 x 32 of which any row sees anything.
+  static int blocks_of(const uint64_t* words, int rows, Segment* out) {
+    constexpr int kSide = kGranule / 2, kHalf = kVectors / 2;
+    int count = 0;
+    for (int first = 0; first < rows; first += kSide) {
+      const int last = first + kSide < rows ? first + kSide : rows;
+      uint64_t lanes = 0;
+      for (int r = first; r < last; ++r) lanes |= words[r];
+      if (uint32_t(lanes)) out[count++] = {first, last, 0, kHalf};
+      if (lanes >> kSide) out[count++] = {first, last, kHalf, kVectors};
+    }
+    return count;
   }
 
   template <TileUse USE>
   void pack_keys() {
     packed_ = true;
-    Rows::pack_lanes(k_, a_.k.row, keys_, a_.D, k_t_);
-    Rows::pack_lanes(v_, a_.v.row, keys_, a_.Dv, v_t_);
-    if (USE != TileUse::kSums && wanted_.dq) {
-      bad_k_ = rows_not_finite(k_, a_.k.row, keys_, a_.D);
-      Rows::pack_rows(k_, a_.k.row, keys_, a_.D, bad_k_, k_rows_);
-      Rows::clear_rows(bad_k_, a_.D, k_rows_);
+    if constexpr (Rows::kTiles) {
+      matrices_.finish();
+      matrices_.pack_keys(k_, v_, keys_);
+      if (USE != TileUse::kSums && wanted_.dq) {
+        bad_k_ = rows_not_finite(k_, a_.k.row, keys_, a_.D);
+        matrices_.pack_key_rows(k_, keys_, bad_k_);
+      }
+    } else {
+      Rows::pack_lanes(k_, a_.k.row, keys_, a_.D, k_t_);
+      Rows::pack_lanes(v_, a_.v.row, keys_, a_.Dv, v_t_);
+      if (USE != TileUse::kSums && wanted_.dq) {
+        bad_k_ = rows_not_finite(k_, a_.k.row, keys_, a_.D);
+        Rows::pack_rows(k_, a_.k.row, keys_, a_.D, bad_k_, k_rows_);
+        Rows::clear_rows(bad_k_, a_.D, k_rows_);
+      }
     }
   }
 
   template <class X>
   const X* row_of(const Operand& x) const {
     return (const X*)x.data + rows_.b * x.batch + rows_.h * x.head + rows_.first * x.row;
+  }
+
+  void score_terms(int from, int to) {
+    if (!terms_) return;
+    masked_ |=
+        !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_ + from, to - from, scores_, cap_, words_);
+  }
+
+  // On tiles, see attention_bwd_amx.h.
+  template <TileUse USE>
+  void by_blocks(const Targets& to) {
+    constexpr bool kProducts = USE != TileUse::kSums;
+    if constexpr (kProducts) {
+      matrices_.begin_tile({to.dq, to.dk, to.dv});
+      p_pairs_ = matrices_.p_pairs, ds_pairs_ = matrices_.ds_pairs;
+    }
+    for (int s = 0; s < segments_; ++s) matrices_.compute_scores(segment_[s]);
+    for (int s = 0; s < segments_; ++s) {
+      score_terms(s, s + 1);
+      gradients_of<USE>(s, s + 1);
+      if constexpr (kProducts) matrices_.defer_keys(segment_[s]);
+    }
+    for (int s = 0; kProducts && s < segments_; ++s) {
+      Segment half = segment_[s];
+      if (s + 1 < segments_ && segment_[s + 1].first == half.first) ++s, half.from = 0, half.to = kVectors;
+      matrices_.defer_queries(half);
+    }
   }
 
   // S to `scores`, dP to `ds`.
@@ -290,6 +392,7 @@ class GradientTile {
       product<Product, Start::kZero, false>(rows_from(douts), seg.last - seg.first, Rows::steps(a_.Dv), v_t_,
                                             ds_ + seg.first * kGranule, seg.from, seg.to);
     }
+    score_terms(0, segments_);
   }
 
   // keep_[row]: bit j says whether the row keeps key j.
@@ -307,35 +410,76 @@ class GradientTile {
         : lse(splat(t.lse_[r])), shift(splat(t.shift_[r])), delta(splat(t.delta_[r])) {}
   };
 
-  template <TileUse USE, bool MASKED, bool DROPOUT>
-  void gradients() {
-    for (int s = 0; s < segments_; ++s) {
-      const Segment seg = segment_[s];
-      for (int r = seg.first; r < seg.last; r += kRows) {
-        const bool both = kRows == 2 && r + 1 < seg.last;
-        const Row row0(*this, r), row1(*this, r + both);
-        for (int c = seg.from; c < seg.to; ++c) {
-          F32 p0, p1 = zero(), ds1 = zero(), ds0 = element<USE, MASKED, DROPOUT>(r, c, row0, &p0);
-          if (both) ds1 = element<USE, MASKED, DROPOUT>(r + 1, c, row1, &p1);
-          if constexpr (USE != TileUse::kSums) put(r, c, p0, p1, ds0, ds1);
+  template <TileUse USE>
+  void gradients_of(int from, int to) {
+    for (const Segment* s = segment_ + from; s != segment_ + to; ++s) {
+      if (terms_ || block_->extreme) gradients_for<USE, true>(*s);
+      else gradients_for<USE, false>(*s);
+    }
+  }
+  template <TileUse USE, bool TERMS>
+  void gradients_for(const Segment& s) {
+    if (masked_) a_.dropout ? gradients<USE, TERMS, true, true>(s) : gradients<USE, TERMS, true, false>(s);
+    else a_.dropout ? gradients<USE, TERMS, false, true>(s) : gradients<USE, TERMS, false, false>(s);
+  }
+
+  template <TileUse USE, bool TERMS, bool MASKED, bool DROPOUT>
+  void gradients(const Segment seg) {
+    const Constants constants(*this);
+    // Tiles take whole halves, two lane vectors at a time.
+    constexpr int kStep = Rows::kTiles ? 2 : 1;
+    for (int r = seg.first; r < seg.last; r += kRows) {
+      const bool both = kRows == 2 && r + 1 < seg.last;
+      const Row row0(*this, r), row1(*this, r + both);
+      for (int c = seg.from; c < seg.to; c += kStep) {
+        F32 p[2][kStep], ds[2][kStep];
+#pragma GCC unroll 2
+        for (int i = 0; i < kStep; ++i) {
+          p[1][i] = ds[1][i] = zero();
+          ds[0][i] = element<USE, TERMS, MASKED, DROPOUT>(constants, r, c + i, row0, &p[0][i]);
+          if (both) ds[1][i] = element<USE, TERMS, MASKED, DROPOUT>(constants, r + 1, c + i, row1, &p[1][i]);
         }
+        if constexpr (USE != TileUse::kSums) put(r, c, p, ds);
+      }
+    }
+    if constexpr (Rows::kTiles && USE != TileUse::kSums) {
+      const F32 none[2][kStep] = {{zero(), zero()}, {zero(), zero()}};
+      for (int r = (seg.last + 1) / 2 * 2; r % (kGranule / 2); r += 2) {
+        for (int c = seg.from; c < seg.to; c += kStep) put(r, c, none, none);
       }
     }
   }
 
+  // What the loop should not read from memory each time, as it must after whatever the tiles do.
+  struct Constants {
+    const float *scores, *ds, *cap;
+    float factor, unit, dropout_scale;
+    bool softcap;
+
+    explicit Constants(const GradientTile& t)
+        : scores(t.scores_),
+          ds(t.ds_),
+          cap(t.cap_),
+          factor(t.factor_),
+          unit(t.unit_),
+          dropout_scale(t.a_.dropout_scale),
+          softcap(t.a_.softcap != 0.f) {}
+  };
+
   // dS of a lane vector, and P as it multiplies V.
-  template <TileUse USE, bool MASKED, bool DROPOUT>
-  FASTATTN_INLINE F32 element(int r, int c, const Row& row, F32* p_kept) const {
+  template <TileUse USE, bool TERMS, bool MASKED, bool DROPOUT>
+  FASTATTN_INLINE F32 element(const Constants& k, int r, int c, const Row& row, F32* p_kept) const {
     const int64_t at = r * kGranule + c * kLanes;
+    F32 exponent = fms(load(k.scores + at), splat(k.factor), row.lse);
     // In natural units where there are terms: the lowest finite bias must not overflow.
-    const F32 distance = fms(load(scores_ + at), splat(factor_), row.lse);
-    F32 p = exp2<kExpDegree<T>>(fms(distance, splat(unit_), row.shift)), dp = load(ds_ + at);
+    if constexpr (TERMS) exponent = fms(exponent, splat(k.unit), row.shift);
+    F32 p = exp2<kExpDegree<T>>(exponent), dp = load(k.ds + at);
     if constexpr (MASKED) p = select(lanes(words_[r], c), p, zero());
     *p_kept = p;
     if constexpr (DROPOUT) {
       const Mask keep = lanes(keep_[r], c);
-      *p_kept = select(keep, p * splat(a_.dropout_scale), zero());
-      dp = select(keep, dp * splat(a_.dropout_scale), zero());
+      *p_kept = select(keep, p * splat(k.dropout_scale), zero());
+      dp = select(keep, dp * splat(k.dropout_scale), zero());
     }
     F32 ds = p * (dp - row.delta);
     if constexpr (MASKED) ds = select(lanes(words_[r], c), ds, zero());
@@ -343,8 +487,8 @@ class GradientTile {
       if (sum_tile_) store(sum_tile_ + at, load(sum_tile_ + at) + ds);
       if (sum_columns_) store(sum_columns_ + c * kLanes, load(sum_columns_ + c * kLanes) + ds);
     }
-    if (USE != TileUse::kSums && a_.softcap != 0.f) {
-      ds = ds * load(cap_ + at);
+    if (USE != TileUse::kSums && TERMS && k.softcap) {
+      ds = ds * load(k.cap + at);
       if constexpr (MASKED) ds = select(lanes(words_[r], c), ds, zero());  // 0 * the slope at a hidden NaN
     }
     return ds;
@@ -354,17 +498,22 @@ class GradientTile {
     return mask_of_bits(uint32_t(word >> (c * kLanes)));
   }
 
-  FASTATTN_INLINE void put(int r, int c, F32 p0, [[maybe_unused]] F32 p1, F32 ds0, [[maybe_unused]] F32 ds1) {
+  template <int N>
+  FASTATTN_INLINE void put(int r, int c, const F32 (&p)[2][N], const F32 (&ds)[2][N]) {
     if constexpr (kRows == 1) {
-      store(scores_ + r * kGranule + c * kLanes, p0);
-      store(ds_ + r * kGranule + c * kLanes, ds0);
+      store(scores_ + r * kGranule + c * kLanes, p[0][0]);
+      store(ds_ + r * kGranule + c * kLanes, ds[0][0]);
+    } else if constexpr (Rows::kTiles) {
+      const int64_t at = r / 2 * kGranule + c * kLanes;
+      Rows::put_pairs(p, p_pairs_ + at);
+      Rows::put_pairs(ds, ds_pairs_ + at, (int32_t*)ds_narrow_ + r * (kGranule / 2) + c * (kLanes / 2));
     } else {
 #ifdef FASTATTN_HAS_DOT2
-      store(p_pairs_ + r / 2 * kGranule + c * kLanes, pack_pairs(p0, p1));
-      store(ds_pairs_ + r / 2 * kGranule + c * kLanes, pack_pairs(ds0, ds1));
+      store(p_pairs_ + r / 2 * kGranule + c * kLanes, pack_pairs(p[0][0], p[1][0]));
+      store(ds_pairs_ + r / 2 * kGranule + c * kLanes, pack_pairs(ds[0][0], ds[1][0]));
       BFloat16* narrow = (BFloat16*)ds_narrow_ + r * kGranule + c * kLanes;
-      store(narrow, ds0);
-      store(narrow + kGranule, ds1);  // past the last row: one of the 64 that nobody reads
+      store(narrow, ds[0][0]);
+      store(narrow + kGranule, ds[1][0]);  // past the last row: one of the 64 that nobody reads
 #endif
     }
   }
@@ -383,16 +532,50 @@ class GradientTile {
     }
   }
 
+  // acc[row][column] += dS K, for the block's rows.
+  void add_queries(float* acc) const {
+    const char* ds = kRows == 1 ? (const char*)ds_ : (const char*)ds_narrow_;
+    constexpr int64_t kRowBytes = kGranule * 4 / kRows;
+    for (int s = 0; s < segments_; ++s) {
+      const Segment& seg = segment_[s];
+      const int from = seg.from * kLanes, to = last_key(seg);
+      const Broadcast part{ds + seg.first * kRowBytes + from / kRows * 4, kRowBytes, 4};
+      product<Product, Start::kAccumulate, false>(part, seg.last - seg.first, (to - from + kRows - 1) / kRows,
+                                                  k_rows_ + from / kRows * wide_, acc + seg.first * wide_, 0,
+                                                  int(wide_ / kLanes), wide_, wide_);
+    }
+  }
+
+  // What rows that are not finite add to the gradients of those that see them.
+  void add_bad_rows(const Targets& to) {
+    finish();
+    const T *q = row_of<T>(a_.q), *dout = row_of<T>(a_.dout);
+    const int64_t key_step = Rows::kTiles ? 1 : wide_, key_step_v = Rows::kTiles ? 1 : wide_v_;
+    const int64_t step = Rows::kTiles ? kGranule : 1;
+    for (int r = 0; r < rows_.count; ++r) {
+      const bool bad_q = to.dk && (block_->bad_q >> r & 1), bad_dout = to.dv && (block_->bad_dout >> r & 1);
+      const uint64_t bad_k = to.dq ? bad_k_ : 0;
+      for (uint64_t keys = words_[r] & (bad_q || bad_dout ? ~0ull : bad_k); keys; keys &= keys - 1) {
+        const int j = __builtin_ctzll(keys);
+        if (bad_k >> j & 1) add_row(ds_at(r, j), k_ + j * a_.k.row, a_.D, to.dq + r * wide_, 1);
+        if (bad_q) add_row(ds_at(r, j), q + r * a_.q.row, a_.D, to.dk + j * key_step, step);
+        if (bad_dout) add_row(p_at(r, j), dout + r * a_.dout.row, a_.Dv, to.dv + j * key_step_v, step);
+      }
+    }
+  }
+
   bool seen(int r, int j) const { return words_[r] >> j & 1; }
   float ds_at(int r, int j) const {
-    return kRows == 1 ? ds_[r * kGranule + j] : as_float(((const BFloat16*)ds_narrow_)[r * kGranule + j]);
+    if (kRows == 1) return ds_[r * kGranule + j];
+    if (Rows::kTiles) j = j / 32 * 32 + j % 16 * 2 + j / 16 % 2;  // see put_pairs
+    return as_float(((const BFloat16*)ds_narrow_)[r * kGranule + j]);
   }
   float p_at(int r, int j) const {
     return kRows == 1 ? scores_[r * kGranule + j]
                       : as_float(((const BFloat16*)p_pairs_)[(r / 2 * kGranule + j) * 2 + r % 2]);
   }
-  static void add_row(float factor, const T* row, int64_t width, float* acc) {
-    for (int64_t d = 0; d < width; ++d) acc[d] += factor * as_float(row[d]);
+  static void add_row(float factor, const T* row, int64_t width, float* acc, int64_t step) {
+    for (int64_t d = 0; d < width; ++d) acc[d * step] += factor * as_float(row[d]);
   }
 
   const AttentionBwdArgs& a_;
@@ -400,6 +583,7 @@ class GradientTile {
   const int64_t wide_, wide_v_;
   const bool terms_;
   const float factor_, unit_;
+  typename Rows::Matrices matrices_;
   float *k_t_, *v_t_, *k_rows_, *q_rows_, *dout_rows_, *scores_, *ds_, *cap_, *ds_narrow_;
   int32_t *p_pairs_, *ds_pairs_;
 

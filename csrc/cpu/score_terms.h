@@ -125,7 +125,7 @@ bool apply_score_terms_rows(const AttentionArgs& a, const QueryRows& rows, int64
   uint64_t hidden = 0;
   for (const Segment* seg = segments; seg != segments + count; ++seg) {
     for (int r = seg->first; r < seg->last; ++r) {
-      uint64_t seen = 0;
+      uint64_t seen = ~(low_bits((seg->to - seg->from) * kLanes) << (seg->from * kLanes));
       for (int c = seg->from; c < seg->to; ++c) {
         float* at = scores + r * kGranule + c * kLanes;
         F32 s = load(at) * scale;

@@ -244,6 +244,10 @@ FASTATTN_INLINE I32 pack_pairs_loosely(F32 low, F32 high) {
   const __m512i upper_down = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
   return {_mm512_mask_shuffle_epi8(h, 0x3333333333333333, l, upper_down)};
 }
+// The upper halves of `high` and the lower ones of `low`, whose upper are 0.
+FASTATTN_INLINE I32 merge_halves(I32 high, I32 low) {
+  return {_mm512_ternarylogic_epi32(high.v, _mm512_set1_epi32(int32_t(0xffff0000)), low.v, 0xea)};
+}
 FASTATTN_INLINE F32 low_of_pairs(I32 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16))}; }
 FASTATTN_INLINE F32 high_of_pairs(I32 x) {
   return {_mm512_castsi512_ps(_mm512_and_si512(x.v, _mm512_set1_epi32(int32_t(0xffff0000))))};
