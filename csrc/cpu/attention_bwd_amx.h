@@ -13,12 +13,12 @@
 // dS). The sums dK^T and dV^T lie in the second-level cache and are fetched once for kChunkTiles tiles.
 //
 // The two do not overlap, unlike in the forward. Counted for D = 64 on the processor it was measured on (one
-// core of family 6, model 167): 40 steps of four products with their operands in L1 at 26 ns, 56 stores and 24
-// loads of results at 5.3 and 2.7 ns, and 790 ns of vectors, 2.2 us a tile. Measured at 1024 keys: 3.7 us, 0.7
-// of some 2.5 TF/s. The difference is operands and sums out of the second level, the change from one unit to
-// the other (up to 0.3 us: after vectors TMUL is slow for a while, and so are vectors after TMUL) and 0.25 us
-// to pack a granule. Tile products between the vectors took no less, 3.9 us: beside TMUL vectors of 512 bits
-// run at one instruction a cycle in place of two.
+// core of family 6, model 167): 40 steps of four products with their operands in L1 at 26 ns, 56 stores and
+// 24 loads of results at 5.3 and 2.7 ns, and 790 ns of vectors, 2.2 us a tile. Measured at 1024 keys: 3.7 us,
+// 0.7 of some 2.5 TF/s. The difference is operands and sums out of the second level, the change from one unit
+// to the other (up to 0.3 us: after vectors TMUL is slow for a while, and so are vectors after TMUL) and 0.25
+// us to pack a granule. Tile products between the vectors took no less, 3.9 us: beside TMUL vectors of 512
+// bits run at one instruction a cycle in place of two.
 #pragma once
 
 #include "attention_bwd_args.h"
@@ -27,6 +27,10 @@
 
 namespace fastattn {
 namespace {
+
+constexpr int64_t kLaneRowBytes = kGranule * 4;                // a row of 64 words
+constexpr int64_t kHalfPairBytes = kTileSide * kLaneRowBytes;  // 32 rows of them as pairs
+constexpr int64_t kBlockBytes = kBlockSide * kLaneRowBytes;    // 32 rows
 
 // The operands of one step, 32 of the inner dimension.
 struct StepOperands {
@@ -46,34 +50,44 @@ struct BlockProduct {
   bool accumulate;
 };
 
-// The product on the eight registers: four sums, two tiles of A, two of B.
+// 16 rows of a block on one pair of sums, the other pair stored meanwhile: what writes a register waits until
+// it has been stored, and the store until its last product is done.
+template <int PAIR>
+FASTATTN_INLINE void run_rows(Tiles& tiles, const BlockProduct& p, int64_t a_at, int64_t b_at, char* c,
+                              char* late) {
+  constexpr int kLeft = 2 * PAIR, kRight = kLeft + 1, kLate = 2 - kLeft;
+  const auto step = [&]<int A>(int n) __attribute__((always_inline)) {
+    tiles.load<A>((p.listed ? p.listed[n].a : p.a + n * p.a_step) + a_at, p.a_row);
+    const char* b = (p.listed ? p.listed[n].b : p.b + n * kTileSide * p.b_row) + b_at;
+    tiles.load<6>(b, p.b_row);
+    tiles.multiply<kLeft, A, 6>();
+    tiles.load<7>(b + kTileRowBytes, p.b_row);
+    tiles.multiply<kRight, A, 7>();
+  };
+  if (p.accumulate) tiles.load<kLeft>(c, p.c_row), tiles.load<kRight>(c + kTileRowBytes, p.c_row);
+  else tiles.zero<kLeft>(), tiles.zero<kRight>();
+  step.template operator()<4>(0);
+  if (late) tiles.store<kLate>(late, p.c_row);
+  if (p.steps > 1) step.template operator()<5>(1);
+  if (late) tiles.store<kLate + 1>(late + kTileRowBytes, p.c_row);
+  for (int n = 2; n < p.steps; n += 2) {
+    step.template operator()<4>(n);
+    if (n + 1 < p.steps) step.template operator()<5>(n + 1);
+  }
+}
+
+// The product on the eight registers: two pairs of sums, two tiles of A, two of B.
 __attribute__((noinline)) inline void run_product(Tiles& tiles, const BlockProduct& p) {
-  char* c = p.c;
+  char *c = p.c, *late = nullptr;
   int64_t a_block = 0, b_block = 0;
   for (int block = 0; block < p.blocks; ++block) {
     char* lower = c + p.c_row * kTileSide;
-    if (p.accumulate) {
-      tiles.load<0>(c, p.c_row), tiles.load<1>(c + kTileRowBytes, p.c_row);
-      tiles.load<2>(lower, p.c_row), tiles.load<3>(lower + kTileRowBytes, p.c_row);
-    } else {
-      tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
-    }
-    for (int step = 0; step < p.steps; ++step) {
-      const char* a = (p.listed ? p.listed[step].a : p.a + step * p.a_step) + a_block;
-      const char* b = (p.listed ? p.listed[step].b : p.b + step * kTileSide * p.b_row) + b_block;
-      tiles.load<4>(a, p.a_row);
-      tiles.load<6>(b, p.b_row);
-      tiles.multiply<0, 4, 6>();
-      tiles.load<7>(b + kTileRowBytes, p.b_row);
-      tiles.multiply<1, 4, 7>();
-      tiles.load<5>(a + p.a_tile, p.a_row);
-      tiles.multiply<2, 5, 6>();
-      tiles.multiply<3, 5, 7>();
-    }
-    tiles.store<0>(c, p.c_row), tiles.store<1>(c + kTileRowBytes, p.c_row);
-    tiles.store<2>(lower, p.c_row), tiles.store<3>(lower + kTileRowBytes, p.c_row);
+    run_rows<0>(tiles, p, a_block, b_block, c, late);
+    run_rows<1>(tiles, p, a_block + p.a_tile, b_block, lower, c);
+    late = lower;
     c += p.c_block, a_block += p.a_block, b_block += p.b_block;
   }
+  if (late) tiles.store<2>(late, p.c_row), tiles.store<3>(late + kTileRowBytes, p.c_row);
 }
 
 // Where the products of a tile go; null: not asked for. dq has the block's rows, dk and dv hold [width][64].
@@ -172,7 +186,7 @@ class GradientMatrices {
   // The products of a block for dK and dV, with those of the whole chunk.
   void defer_keys(const Segment& s) {
     const int64_t half = s.first / kBlockSide, block = s.from / 2;
-    const int64_t at = half * kStepBytes + block * 2 * kTileRowBytes;
+    const int64_t at = half * kHalfPairBytes + block * 2 * kTileRowBytes;
     const int n = chunk_.steps[block]++;
     chunk_.dv[block][n] = {dout_t_ + half * kTileBytes, (const char*)p_pairs + at};
     chunk_.dk[block][n] = {q_t_ + half * kTileBytes, (const char*)ds_pairs + at};
