@@ -272,3 +272,25 @@ def test_emulation_is_never_chosen_by_itself():
     else:
         failed = run("import fastattn", "amx")
         assert failed.returncode != 0 and "lacks" in failed.stderr and "amx" in failed.stderr
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("factor", [1, 40])
+def test_scores_that_outgrow_their_pivots(tiles, dtype, factor):
+    """A row's pivot comes from the keys it met first; what is much larger later takes another, in any unit."""
+    q, k, v = inputs(1, 2, 2, 130, 400, 64, 64, dtype)
+    k *= torch.logspace(-2, 0, 400, 10.0)[:, None].to(dtype) * factor
+    assert_right(q, k, v)
+    assert_right(q, k, v, mask=masks.CausalLowerRight())
+    k[0, 0, 390] = 10 * q[0, 0, 100]  # one row, in the last unit of the second pass of its task
+    assert_right(q, k, v)
+
+
+@pytest.mark.parametrize("where", [3, 70, 199])
+def test_a_nan_that_is_seen_reaches_the_lse(tiles, where):
+    """In the unit that sets the pivot, in later ones and at the end."""
+    q, k, v = inputs(1, 2, 2, 70, 200, 64, 64, torch.bfloat16)
+    k[0, 0, where] = math.nan
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    assert out[0, 0].isnan().all() and lse[0, 0].isnan().all()
+    assert out[0, 1].isfinite().all() and lse[0, 1].isfinite().all()

@@ -308,8 +308,9 @@ class AttentionForward {
     const TaskRows t(a_, task + 1);
     const T* q = (const T*)a_.q.data + t.b * a_.q.batch + t.h * a_.q.head + t.first * a_.q.row;
     prefetch_.ask(Prefetch::kNextQueries, q, a_.D * size, t.count, a_.q.row * size);
-    BlockMask::Granule g;
-    if (!BlockMask(a_, t.b, t.h, t.first, t.count).next(&g)) return;
+    const int64_t key = BlockMask::first_key(a_, t.b, t.h, t.first);
+    if (key >= a_.Sk) return;
+    const BlockMask::Granule g{key, int(a_.Sk - key < kGranule ? a_.Sk - key : kGranule), false, nullptr};
     const int64_t kv_head = t.h / (a_.Hq / a_.Hkv);
     if (t.b == rows_.b && kv_head == kv_head_ && buf_.read->has(g.key)) return;
     ask_for_keys(Prefetch::kNextKeys, Prefetch::kNextValues, t.b, kv_head, g);

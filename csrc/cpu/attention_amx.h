@@ -133,16 +133,16 @@ class AmxForward {
               {a, t.b, t.h, t.first + (t.count > kPass ? kPass : 0),
                t.count > kPass ? t.count - kPass : t.count}},
         head_(a, t.b, t.h / (a.Hq / a.Hkv), buf_.head),
-        mask_(a, t.b, t.h, t.first, rows_[0].count),
+        mask_(a, t.b, t.h, t.first, t.count),
         passes_((t.count + kPass - 1) / kPass),
+        pass_(passes_),
         terms_(has_score_terms(a)),
         exact_(exact) {
     for (int i = 0; i < passes_ * kPass; i += kLanes) {
       store(buf_.max + i, splat(-__builtin_inff()));
       store(buf_.sum + i, zero());
     }
-    tiles_.keep_awake();
-    pack_q();
+    for (int p = 0; p < passes_; ++p) tiles_.keep_awake(), pack_q(p);
     tiles_.keep_awake();
   }
 
@@ -169,8 +169,8 @@ class AmxForward {
     prefetch_.ask(values, v, a_.Dv * size, count, a_.v.row * size);
   }
 
-  void pack_q() {
-    const QueryRows& rows = rows_[pass_];
+  void pack_q(int pass) {
+    const QueryRows& rows = rows_[pass];
     const T* q = (const T*)a_.q.data + rows.b * a_.q.batch + rows.h * a_.q.head + rows.first * a_.q.row;
     const BFloat16* from = (const BFloat16*)q;
     int64_t stride = a_.q.row;
@@ -180,7 +180,7 @@ class AmxForward {
     }
     const int64_t words = D_ / 2;
     for (int p = 0; p < kParts; ++p) {
-      float* out = (float*)(buf_.q[pass_] + p * words * kPassBytes);
+      float* out = (float*)(buf_.q[pass] + p * words * kPassBytes);
       pack_transposed<kPass>(rows.count, words, out, [&](int row, int64_t d) {
         return load((const float*)(from + row * stride + p * D_) + d);
       });
@@ -261,47 +261,58 @@ class AmxForward {
     }
   }
 
+  // The passes that see a granule one after the other: then only the first of them waits for its keys.
   bool next_unit(Unit* u) {
     for (;;) {
-      BlockMask::Granule g;
-      while (mask_.next(&g)) {
-        if (!find_live(g, u)) continue;
-        const QueryRows& rows = rows_[pass_];
-        const int64_t after = g.key + kGranule;
-        if (after < a_.Sk && !head_.has(after)) {
-          ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows.b, rows.h / (a_.Hq / a_.Hkv), after);
+      if (pass_ == passes_) {
+        if (!mask_.next(&granule_)) return false;
+        if (granule_.partial) {
+          hides_keys_ = true;
+          if (!mask_.row_words(granule_, by_row_)) continue;
         }
-        u->key = g.key, u->keys = g.keys, u->pass = pass_;
-        u->slot = slot_ ^= 1;
-        u->poisoned = exact_ ? head_.not_finite(g.key, g.keys) : 0;
-        u->data = head_.granule(g.key, g.keys, u->poisoned);
-        if (a_.dropout) dropout_words(a_, rows, g.key, g.keys, u->keep);
-        return true;
+        look_ahead();
+        poisoned_ = exact_ ? head_.not_finite(granule_.key, granule_.keys) : 0;
+        data_ = head_.granule(granule_.key, granule_.keys, poisoned_);
+        pass_ = 0;
       }
-      if (++pass_ >= passes_) return false;
-      const QueryRows& rows = rows_[pass_];
-      mask_ = BlockMask(a_, rows.b, rows.h, rows.first, rows.count);
-      pack_q();
+      u->pass = pass_++;
+      if (!find_live(u)) continue;
+      u->key = granule_.key, u->keys = granule_.keys;
+      u->slot = slot_ ^= 1;
+      u->poisoned = poisoned_, u->data = data_;
+      if (a_.dropout) dropout_words(a_, rows_[u->pass], u->key, u->keys, u->keep);
+      return true;
     }
   }
 
-  // What the pass sees of a granule; false: nothing.
-  bool find_live(const BlockMask::Granule& g, Unit* u) {
-    u->masked = g.partial || g.keys < kGranule || exact_;
+  // Asks for the keys after those of the granule, unless they have been read.
+  void look_ahead() {
+    const int64_t after = granule_.key + kGranule;
+    if (after >= a_.Sk || head_.has(after)) return;
+    ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows_[0].b, rows_[0].h / (a_.Hq / a_.Hkv), after);
+  }
+
+  // What the pass sees of the granule; false: nothing.
+  bool find_live(Unit* u) {
+    u->masked = granule_.partial || granule_.keys < kGranule || exact_;
     if (!u->masked) {
       for (uint32_t& rows : u->rows) rows = ~0u;
       return true;
     }
-    if (g.partial) {
-      hides_keys_ = true;
-      uint64_t by_row[kGranule];
-      if (!mask_.row_words(g, by_row)) return false;
-      transpose_bits_32(by_row, u->words);
+    if (granule_.partial) {
+      transpose_bits_32(by_row_ + u->pass * kPass, u->words);
     } else {
-      for (int j = 0; j < kGranule; ++j) u->words[j] = j < g.keys ? ~0u : 0;
+      for (int j = 0; j < kGranule; ++j) u->words[j] = j < granule_.keys ? ~0u : 0;
     }
-    for (int r = 0; r < kRuns; ++r) u->rows[r] = any_of(load((const int32_t*)u->words + r * kRun));
-    return true;
+    uint32_t seen = 0, unseen = 0;
+    for (int r = 0; r < kRuns; ++r) {
+      const I32 words = load((const int32_t*)u->words + r * kRun);
+      seen |= u->rows[r] = any_of(words);
+      unseen |= any_of(words ^ splat_int(-1));
+    }
+    // A granule that other rows see in part.
+    if (!unseen && !exact_) u->masked = false;
+    return seen != 0;
   }
 
   TileProduct scores_of(const Unit& u) const {
@@ -338,13 +349,13 @@ class AmxForward {
       queue.drain_to(after);
       set_pivots(u);
     }
-    if (weigh(u, queue) || !fast) return;
+    if (weigh(u, queue, fast)) return;
     // A score went past its row's pivot: new pivots, and the scores once more, which the weights lie over.
     const TileProduct scores = scores_of(u);
     TileQueue(tiles_, &scores, &scores + 1).drain();
     add_terms(u);
     set_pivots(u);
-    weigh(u, TileQueue(tiles_, nullptr, nullptr));
+    weigh(u, TileQueue(tiles_, nullptr, nullptr), false);
   }
 
   void add_terms(Unit& u) {
@@ -387,26 +398,26 @@ class AmxForward {
     ready_[u.pass] = ready;
   }
 
-  // A unit of softmax is 32 sites of two pairs of keys; RATE tile products go to each. False where a
-  // weight is past what its pivot allows; then the sums are as they were.
-  bool weigh(const Unit& u, const TileQueue& queue) {
-    return u.masked ? weigh<true>(u, queue) : weigh<false>(u, queue);
+  // A unit of softmax is 32 sites of two pairs of keys; RATE tile products go to each. `check`: false
+  // where a weight is past what its pivot allows, and the sums as they were.
+  bool weigh(const Unit& u, const TileQueue& queue, bool check) {
+    return u.masked ? weigh<true>(u, queue, check) : weigh<false>(u, queue, check);
   }
   template <bool MASKED>
-  bool weigh(const Unit& u, const TileQueue& queue) {
+  bool weigh(const Unit& u, const TileQueue& queue, bool check) {
     if (terms_) {
-      return a_.dropout ? weigh<NaturalScores, MASKED, true, 2>(u, queue)
-                        : weigh<NaturalScores, MASKED, false, 2>(u, queue);
+      return a_.dropout ? weigh<NaturalScores, MASKED, true, 2>(u, queue, check)
+                        : weigh<NaturalScores, MASKED, false, 2>(u, queue, check);
     }
-    if (a_.dropout) return weigh<FoldedScale, MASKED, true, 2>(u, queue);
+    if (a_.dropout) return weigh<FoldedScale, MASKED, true, 2>(u, queue, check);
     const int64_t width = kParts == 1 ? D_ + Dv_ : 4 * D_ + 3 * Dv_;
-    if (width <= 128) return weigh<FoldedScale, MASKED, false, 1>(u, queue);
-    if (width <= 256) return weigh<FoldedScale, MASKED, false, 2>(u, queue);
-    return weigh<FoldedScale, MASKED, false, 4>(u, queue);
+    if (width <= 128) return weigh<FoldedScale, MASKED, false, 1>(u, queue, check);
+    if (width <= 256) return weigh<FoldedScale, MASKED, false, 2>(u, queue, check);
+    return weigh<FoldedScale, MASKED, false, 4>(u, queue, check);
   }
 
   template <class Units, bool MASKED, bool DROPOUT, int RATE>
-  __attribute__((noinline)) bool weigh(const Unit& u, TileQueue queue) {
+  __attribute__((noinline)) bool weigh(const Unit& u, TileQueue queue, bool check) {
     const int vectors = vectors_of(u);
     const F32 scale = splat(a_.scale * kLog2E);
     float *pivots = buf_.max + u.pass * kPass, *sums_at = buf_.sum + u.pass * kPass;
@@ -433,7 +444,7 @@ class AmxForward {
       sums[c] = s;
     }
     queue.drain();
-    if (ready_[u.pass]) {
+    if (check) {
       I32 large = sums[0].large;
       if (vectors > 1) large = large | sums[1].large;
       if (any_bits(large, 0x40000000)) return false;
@@ -526,9 +537,12 @@ class AmxForward {
   const AmxBuffers buf_;
   const QueryRows rows_[kPasses];
   PackedHead<T> head_;
-  BlockMask mask_;  // of the pass
-  int pass_ = 0;
+  BlockMask mask_;
   const int passes_;
+  int pass_;  // the next to look at the granule
+  BlockMask::Granule granule_;
+  typename PackedHead<T>::Granule data_;
+  uint64_t poisoned_ = 0, by_row_[kGranule];
   const bool terms_, exact_;
   bool hides_keys_ = false, started_[kPasses] = {};
   bool ready_[kPasses] = {};  // all rows have pivots
