@@ -4,9 +4,9 @@
 //
 // Transposed, a lane is a query: the softmax needs no horizontal reduction, K is the left operand as it lies
 // in memory, and pairs of P^T are the right operand as the softmax writes them, over the scores they were.
-// A task is 64 query rows in two passes of 32. While the vectors work on the softmax of one unit (64 keys,
-// one pass), the tiles finish the values of the unit before and start the scores of the unit after, a tile
-// product every few vectors.
+// A task is 64 query rows in two passes of 32, which take turns at the granules of keys: the second finds K
+// and V in the cache. While the vectors work on the softmax of one unit (64 keys, one pass), the tiles finish
+// the values of the unit before and start the scores of the unit after, a tile product every few vectors.
 //
 // A row keeps the pivot it got from its first unit, 7 over the maximum as an exponent of 2, until a weight
 // reaches 2: the bits of all weights are or-ed, and one bit of the result tells. Then the unit is done again
@@ -17,21 +17,20 @@
 // fp32: of logits in the thousands the part that low * low has decides. Its values take three; there low *
 // low is 2^-18 of the result. An infinite key or query in fp16 makes its scores NaN.
 //
-// Measured on a Xeon (2 cores, TDPBF16PS at 16 cycles), cycles of a unit of bf16 with D = Dv, K and V out of
-// the second-level cache:
+// Measured on a Xeon, a unit of bf16 with D = Dv, K and V out of the second-level cache, without what a task
+// costs beside its units; cycles of the time stamp, 2.6 GHz, where the core ran at 2.6 to 3.2:
 //
-//    D    products (16 each)   vectors alone   both, loads and stores left out   all of it
-//    64      32    512              480                    780                    1500-1600
-//   128      64   1024              510                   1350                    2900-3100
+//    D    products (13.4 each)   vectors alone   both, loads and stores left out   all of it
+//    64      32    430                490                     780                   1500-1600
+//   128      64    860                640                    1350                   2800-3100
 //
-//   - Beside tile instructions the fp32 operations of 512 bits run on one port of two, 7 of the 10 a vector
-//   of
-//     weights takes: 900 cycles a unit instead of 480. Integer operations, shuffles and vectors of 256 bits
-//     do not suffer, which is why weights are rounded and joined to pairs by integers.
+//   - Beside tile instructions the fp32 operations of 512 bits run on one port of two. A vector of weights
+//     takes 8 of them, 128 a unit. Integer operations, shuffles and vectors of 256 bits do not suffer, which
+//     is why weights are rounded and joined to pairs by integers.
 //   - The rest is the first-level cache. With K and V in 2 KB of it a unit takes 1150 (D = 64) and 2050; what
 //     lives there (Q^T, O^T, two units of scores, 28 and 40 KB) and the 16 and 32 KB a unit reads are more
-//     than its 48. Neither prefetching, nor units of 32 keys, nor strips of 16 rows, nor 64 rows at a time
-//     did better.
+//     than its 48. Neither prefetching, nor units of 32 keys, nor strips of 16 rows did better, and one pass
+//     after the other only worse, by 12 %, where K and V are more than the second level holds.
 //   - Left idle for some 1500 cycles the matrix unit takes 700 to come back.
 //   - A task costs some 5000 cycles beside its units: 64 rows of Q and of O transposed, the first scores and
 //     last values with nothing to overlap, and a granule of V packed a head and thread.
