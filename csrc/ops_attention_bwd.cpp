@@ -81,6 +81,7 @@ void run_gradients(AttentionBwdArgs* a, const AttentionBwdTasks& tasks) {
   if (heads) {
     run(a->B / a->batches * a->Hkv, tasks.heads, true);
   } else {
+    run(a->tasks(), tasks.rows, false);
     if (queries) run(a->tasks(), tasks.queries, false);
     if (keys) run(a->B * a->Hkv * a->k_blocks(), tasks.keys, false);
   }
@@ -185,14 +186,7 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   const Floats slope_parts = floats(needs_slopes ? a.B * a.Hq : 0);
   if (needs_slopes) a.dslopes = slope_parts.get();
 
-  const AttentionBwdTasks& tasks = kernels().attention_bwd[int(storage_of(q, "q"))];
-  run_tasks(blocks, 0, [&](int64_t i, void* scratch) { tasks.rows(a, i, scratch); });
-  const auto extreme = [](const QueryBlock& block) { return block.extreme != 0; };
-  if (std::any_of(a.blocks, a.blocks + blocks, extreme)) {
-    run_tasks(blocks, tasks.scratch(a, false),
-              [&](int64_t i, void* scratch) { tasks.extremes(a, i, scratch); });
-  }
-  run_gradients(&a, tasks);
+  run_gradients(&a, kernels().attention_bwd[int(storage_of(q, "q"))]);
 
   if (a.dbias_columns) {
     void* at = dbias.mutable_data_ptr();

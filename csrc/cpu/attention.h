@@ -178,6 +178,34 @@ struct TaskRows {
   }
 };
 
+// Asks for a granule of keys and its values; `keys` is the use of the keys, the next one that of the values.
+template <class T>
+void ask_for_keys(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t key, Prefetch::Use keys,
+                  Prefetch* prefetch) {
+  const int64_t size = sizeof(T), count = a.Sk - key < kGranule ? a.Sk - key : kGranule;
+  const T* k = (const T*)a.k.data + b * a.k.batch + kv_head * a.k.head + key * a.k.row;
+  const T* v = (const T*)a.v.data + b * a.v.batch + kv_head * a.v.head + key * a.v.row;
+  prefetch->ask(keys, k, a.D * size, count, a.k.row * size);
+  prefetch->ask(Prefetch::Use(keys + 1), v, a.Dv * size, count, a.v.row * size);
+}
+
+// Before a task: asks for the rows of its result, and for what the task after it reads first, but not for
+// keys of the same head that `has` says the thread has read.
+template <class T, class Has>
+void look_past(const AttentionArgs& a, int64_t task, const TaskRows& t, const Has& has, Prefetch* prefetch) {
+  const int64_t size = sizeof(T), out_size = a.out_fp32 ? 4 : size, group = a.Hq / a.Hkv;
+  const int64_t out = t.b * a.out_batch + t.h * a.out_head + t.first * a.out_row;
+  prefetch->ask(Prefetch::kOut, (char*)a.out + out * out_size, a.Dv * out_size, t.count,
+                a.out_row * out_size);
+  if (task + 1 == a.tasks()) return;
+  const TaskRows n(a, task + 1);
+  const T* q = (const T*)a.q.data + n.b * a.q.batch + n.h * a.q.head + n.first * a.q.row;
+  prefetch->ask(Prefetch::kNextQueries, q, a.D * size, n.count, a.q.row * size);
+  const int64_t key = BlockMask::first_key(a, n.b, n.h, n.first);
+  if (key >= a.Sk || (n.b == t.b && n.h / group == t.h / group && has(key))) return;
+  ask_for_keys<T>(a, n.b, n.h / group, key, Prefetch::kNextKeys, prefetch);
+}
+
 // O^T, ROW floats a row, times a factor a lane, transposed back and stored; false where a number of it is not
 // finite.
 template <int64_t ROW, class Out>
@@ -252,7 +280,8 @@ class AttentionForward {
     const TaskRows t(a, task);
     AttentionForward f{a, AttentionBuffers(a, scratch), QueryRows(a, t.b, t.h, t.first, t.count), exact};
     f.start();
-    f.look_past(task);
+    f.buf_.read->start(a.call, t.b * a.Hkv + f.kv_head_);
+    look_past<T>(a, task, t, [&](int64_t key) { return f.buf_.read->has(key); }, &f.prefetch_);
     BlockMask mask(a, t.b, t.h, t.first, t.count);
     BlockMask::Granule g, next;
     for (bool more = mask.next(&next); more;) {
@@ -297,40 +326,12 @@ class AttentionForward {
     }
   }
 
-  // Asks for the rows of the result, and for what the next task reads first.
-  void look_past(int64_t task) {
-    const int64_t size = sizeof(T), out_size = a_.out_fp32 ? 4 : size;
-    const int64_t out = rows_.b * a_.out_batch + rows_.h * a_.out_head + rows_.first * a_.out_row;
-    prefetch_.ask(Prefetch::kOut, (char*)a_.out + out * out_size, a_.Dv * out_size, rows_.count,
-                  a_.out_row * out_size);
-    buf_.read->start(a_.call, rows_.b * a_.Hkv + kv_head_);
-    if (task + 1 == a_.tasks()) return;
-    const TaskRows t(a_, task + 1);
-    const T* q = (const T*)a_.q.data + t.b * a_.q.batch + t.h * a_.q.head + t.first * a_.q.row;
-    prefetch_.ask(Prefetch::kNextQueries, q, a_.D * size, t.count, a_.q.row * size);
-    const int64_t key = BlockMask::first_key(a_, t.b, t.h, t.first);
-    if (key >= a_.Sk) return;
-    const BlockMask::Granule g{key, int(a_.Sk - key < kGranule ? a_.Sk - key : kGranule), false, nullptr};
-    const int64_t kv_head = t.h / (a_.Hq / a_.Hkv);
-    if (t.b == rows_.b && kv_head == kv_head_ && buf_.read->has(g.key)) return;
-    ask_for_keys(Prefetch::kNextKeys, Prefetch::kNextValues, t.b, kv_head, g);
-  }
-
   // Before granule g: asks for the one after it.
   void look_ahead(const BlockMask::Granule& g, const BlockMask::Granule* next) {
     buf_.read->add(g.key);
     if (next && !buf_.read->has(next->key)) {
-      ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows_.b, kv_head_, *next);
+      ask_for_keys<T>(a_, rows_.b, kv_head_, next->key, Prefetch::kKeys, &prefetch_);
     }
-  }
-
-  void ask_for_keys(Prefetch::Use keys, Prefetch::Use values, int64_t b, int64_t kv_head,
-                    const BlockMask::Granule& g) {
-    const int64_t size = sizeof(T);
-    const T* k = (const T*)a_.k.data + b * a_.k.batch + kv_head * a_.k.head + g.key * a_.k.row;
-    const T* v = (const T*)a_.v.data + b * a_.v.batch + kv_head * a_.v.head + g.key * a_.v.row;
-    prefetch_.ask(keys, k, a_.D * size, g.keys, a_.k.row * size);
-    prefetch_.ask(values, v, a_.Dv * size, g.keys, a_.v.row * size);
   }
 
   void granule(BlockMask::Granule g) {

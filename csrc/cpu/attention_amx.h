@@ -93,7 +93,7 @@ class AmxForward {
   static bool run(const AttentionArgs& a, int64_t task, void* scratch, bool exact) {
     const TaskRows t(a, task);
     AmxForward f(a, t, scratch, exact);
-    f.look_past(t, task);
+    look_past<T>(a, task, t, [&](int64_t key) { return f.head_.has(key); }, &f.prefetch_);
     exact ? f.walk_exactly() : f.walk();
     f.clear_unseen();
     bool finite = true;
@@ -143,29 +143,6 @@ class AmxForward {
     }
     for (int p = 0; p < passes_; ++p) tiles_.keep_awake(), pack_q(p);
     tiles_.keep_awake();
-  }
-
-  // Asks for the rows of the result, and for what the next task reads first.
-  void look_past(const TaskRows& t, int64_t task) {
-    const int64_t size = sizeof(T), out_size = a_.out_fp32 ? 4 : size;
-    const int64_t out = t.b * a_.out_batch + t.h * a_.out_head + t.first * a_.out_row;
-    prefetch_.ask(Prefetch::kOut, (char*)a_.out + out * out_size, a_.Dv * out_size, t.count,
-                  a_.out_row * out_size);
-    if (task + 1 == a_.tasks()) return;
-    const TaskRows n(a_, task + 1);
-    const T* q = (const T*)a_.q.data + n.b * a_.q.batch + n.h * a_.q.head + n.first * a_.q.row;
-    prefetch_.ask(Prefetch::kNextQueries, q, a_.D * size, n.count, a_.q.row * size);
-    const int64_t key = BlockMask::first_key(a_, n.b, n.h, n.first), kv_head = n.h / (a_.Hq / a_.Hkv);
-    if (key >= a_.Sk || (n.b == t.b && kv_head == t.h / (a_.Hq / a_.Hkv) && head_.has(key))) return;
-    ask_for_keys(Prefetch::kNextKeys, Prefetch::kNextValues, n.b, kv_head, key);
-  }
-
-  void ask_for_keys(Prefetch::Use keys, Prefetch::Use values, int64_t b, int64_t kv_head, int64_t key) {
-    const int64_t size = sizeof(T), count = a_.Sk - key < kGranule ? a_.Sk - key : kGranule;
-    const T* k = (const T*)a_.k.data + b * a_.k.batch + kv_head * a_.k.head + key * a_.k.row;
-    const T* v = (const T*)a_.v.data + b * a_.v.batch + kv_head * a_.v.head + key * a_.v.row;
-    prefetch_.ask(keys, k, a_.D * size, count, a_.k.row * size);
-    prefetch_.ask(values, v, a_.Dv * size, count, a_.v.row * size);
   }
 
   void pack_q(int pass) {
@@ -288,7 +265,8 @@ class AmxForward {
   void look_ahead() {
     const int64_t after = granule_.key + kGranule;
     if (after >= a_.Sk || head_.has(after)) return;
-    ask_for_keys(Prefetch::kKeys, Prefetch::kValues, rows_[0].b, rows_[0].h / (a_.Hq / a_.Hkv), after);
+    const QueryRows& rows = rows_[0];
+    ask_for_keys<T>(a_, rows.b, rows.h / (a_.Hq / a_.Hkv), after, Prefetch::kKeys, &prefetch_);
   }
 
   // What the pass sees of the granule; false: nothing.

@@ -1,8 +1,9 @@
 // Attention backward: the passes over the tiles of attention_bwd_tile.h.
 //
 //   rows      delta = sum(dO * O) - dlse, lse as the exponents take it, the key extent of every 64 query rows
-//   heads     dq, dk, dv of a kv head: K granules, and for each the query blocks that see it; five products
-//             a tile. dQ accumulates in fp32 beside the work.
+//   heads     dq, dk, dv of a kv head: its rows; then K granules, and for each the query blocks that see it;
+//             five products a tile. dQ accumulates in fp32 beside the work. What the head after it reads is
+//             asked for meanwhile.
 //   queries   dq of a query block, and keys: dk, dv of a K granule; seven products a tile, for calls with
 //             fewer kv heads than threads
 //   bias      dbias of a bias with rows; slopes: of ALiBi. Both compute P and dS once more.
@@ -97,12 +98,23 @@ class AttentionBackward {
                 key_rows(a, heads) * (Rows::wide(a.D) + Rows::wide(a.Dv)) + sum_rows(a, heads) * kGranule);
   }
 
-  // Head by head of a group, the K granules; for each the batches of the task, for each its query blocks.
+  static void rows(const AttentionBwdArgs& a, int64_t task, void* scratch) {
+    a.out_fp32 ? BackwardRows<T, float>::task(a, task) : BackwardRows<T, T>::task(a, task);
+    if (a.blocks[task].extreme) extremes(a, task, scratch);
+  }
+
+  // The rows; then, head by head of a group, the K granules; for each the batches of the task, for each its
+  // query blocks.
   static void heads(const AttentionBwdArgs& a, int64_t task, void* scratch) {
     const int64_t b = task / a.Hkv * a.batches, kv_head = task % a.Hkv, group = a.Hq / a.Hkv;
+    for (int64_t i = 0; i < a.batches; ++i) {
+      const int64_t first = ((b + i) * a.Hq + kv_head * group) * a.q_blocks();
+      for (int64_t n = 0; n < group * a.q_blocks(); ++n) rows(a, first + n, scratch);
+    }
     AttentionBackward f(a, {true, a.dk.data != nullptr, a.dv.data != nullptr}, scratch, true);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv_head * group + g;
+      f.ask_for_next(task, h);
       clear(f.dq_, dq_floats(a, true));
       f.tile_.forget_queries();
       for (int64_t n = 0; n < a.k_blocks(); ++n) {
@@ -116,27 +128,6 @@ class AttentionBackward {
       for (int64_t i = 0; i < a.batches; ++i) {
         f.store_rows(a.dq, b + i, h, 0, a.Sq, a.D, f.dq_ + i * round_up(a.Sq) * f.wide_, f.wide_, a.scale);
       }
-    }
-  }
-
-  // The probabilities of a row add up to 1, or to less where the call is one chunk of many. Where the lowest
-  // finite bias took the place of -inf, the lse has lost the logarithm of their number.
-  static void extremes(const AttentionBwdArgs& a, int64_t task, void* scratch) {
-    if (!a.blocks[task].extreme) return;
-    const int64_t n = a.q_blocks(), block = task % n, b = task / n / a.Hq, h = task / n % a.Hq;
-    const int64_t first = block * kGranule;
-    const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
-    AttentionBackward f(a, {false, false, false}, scratch, false);
-    double sums[kGranule] = {};
-    BlockMask mask(a, b, h, first, count);
-    BlockMask::Granule g;
-    while (mask.next(&g)) {
-      f.tile_.load_keys(b, h / (a.Hq / a.Hkv), g.key / kGranule);
-      f.tile_.add_extremes(b, h, block, g.tile, sums);
-    }
-    float* shift = a.shift + (b * a.Hq + h) * a.Sq + first;
-    for (int r = 0; r < count; ++r) {
-      if (sums[r] > 1.5) shift[r] = float(__builtin_log2(sums[r]));
     }
   }
 
@@ -205,6 +196,26 @@ class AttentionBackward {
   }
 
  private:
+  // The probabilities of a row add up to 1, or to less where the call is one chunk of many. Where the lowest
+  // finite bias took the place of -inf, the lse has lost the logarithm of their number.
+  static void extremes(const AttentionBwdArgs& a, int64_t task, void* scratch) {
+    const int64_t n = a.q_blocks(), block = task % n, b = task / n / a.Hq, h = task / n % a.Hq;
+    const int64_t first = block * kGranule;
+    const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
+    AttentionBackward f(a, {false, false, false}, scratch, false);
+    double sums[kGranule] = {};
+    BlockMask mask(a, b, h, first, count);
+    BlockMask::Granule g;
+    while (mask.next(&g)) {
+      f.tile_.load_keys(b, h / (a.Hq / a.Hkv), g.key / kGranule);
+      f.tile_.add_extremes(b, h, block, g.tile, sums);
+    }
+    float* shift = a.shift + (b * a.Hq + h) * a.Sq + first;
+    for (int r = 0; r < count; ++r) {
+      if (sums[r] > 1.5) shift[r] = float(__builtin_log2(sums[r]));
+    }
+  }
+
   AttentionBackward(const AttentionBwdArgs& a, typename Tile::Wanted wanted, void* scratch, bool heads)
       : a_(a),
         wanted_(wanted),
@@ -235,6 +246,34 @@ class AttentionBackward {
     return heads && a.sums_in_heads ? round_up(a.Sq) : kGranule;
   }
   static void clear(float* x, int64_t floats) { memset(x, 0, size_t(floats) * 4); }
+
+  // Asks for what the next head reads, of this task or the one after it.
+  void ask_for_next(int64_t task, int64_t h) {
+    const int64_t group = a_.Hq / a_.Hkv;
+    if (h % group == group - 1 && ++task == a_.B / a_.batches * a_.Hkv) return;
+    const bool same = h % group < group - 1;
+    const int64_t b = task / a_.Hkv * a_.batches, kv_head = task % a_.Hkv;
+    const int64_t next = same ? h + 1 : kv_head * group;
+    ask_for(Prefetch::kFarQueries, a_.q, sizeof(T), b, next, a_.Sq, a_.D);
+    ask_for(Prefetch::kFarGradients, a_.dout, sizeof(T), b, next, a_.Sq, a_.Dv);
+    if (same) return;  // has the results behind it, see heads(), and the keys in use
+    const Operand out{a_.out, a_.out_batch, a_.out_head, a_.out_row};
+    ask_for(Prefetch::kFarResults, out, a_.out_fp32 ? 4 : sizeof(T), b, next, a_.Sq, a_.Dv);
+    ask_for(Prefetch::kFarKeys, a_.k, sizeof(T), b, kv_head, a_.Sk, a_.D);
+    ask_for(Prefetch::kFarValues, a_.v, sizeof(T), b, kv_head, a_.Sk, a_.Dv);
+  }
+  // And for where gradients of rows from `first` on will be written.
+  void ask_for_rows(Prefetch::Use use, const Gradient& g, int64_t b, int64_t h, int64_t first, int64_t count,
+                    int64_t width) {
+    const int64_t size = a_.grads_fp32 ? 4 : sizeof(T);
+    const Operand rows{(const char*)g.data + first * g.row * size, g.batch, g.head, g.row};
+    if (g.data) ask_for(use, rows, size, b, h, count, width);
+  }
+  void ask_for(Prefetch::Use use, const Operand& x, int64_t size, int64_t b, int64_t h, int64_t rows,
+               int64_t width) {
+    const char* at = (const char*)x.data + (b * x.batch + h * x.head) * size;
+    tile_.prefetch().ask(use, at, width * size, rows, x.row * size);
+  }
 
   // Where one head's share of a K granule goes.
   struct Share {
@@ -275,15 +314,22 @@ class AttentionBackward {
     alignas(64) float part[kGranule];
     double columns[kGranule] = {};
     to.dk = wanted_.dk ? dk : nullptr, to.dv = wanted_.dv ? dv : nullptr;
+    const int64_t kv_head = h / (a_.Hq / a_.Hkv), key = n * kGranule;
+    const int64_t keys = a_.Sk - key < kGranule ? a_.Sk - key : kGranule;
+    if (to.last) {
+      ask_for_rows(Prefetch::kOutKeys, a_.dk, b, kv_head, key, keys, a_.D);
+      ask_for_rows(Prefetch::kOutValues, a_.dv, b, kv_head, key, keys, a_.Dv);
+    }
+    if (to.dq && n + 1 == a_.k_blocks()) ask_for_rows(Prefetch::kOut, a_.dq, b, h, 0, a_.Sq, a_.D);
     if (a_.dbias_columns) {
       clear(part, kGranule);
       tile_.sum_into(nullptr, part);
       each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), to, [&](int64_t) {
-        for (int j = 0; j < tile_.keys(); ++j) columns[j] += part[j];
+        for (int64_t j = 0; j < keys; ++j) columns[j] += part[j];
         clear(part, kGranule);
       });
-      float* out = a_.dbias_columns + (b * a_.Hq + h) * a_.Sk + tile_.key();
-      for (int j = 0; j < tile_.keys(); ++j) out[j] = float(columns[j]);
+      float* out = a_.dbias_columns + (b * a_.Hq + h) * a_.Sk + key;
+      for (int64_t j = 0; j < keys; ++j) out[j] = float(columns[j]);
     } else if (sums_) {
       each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), to, [](int64_t) {});
     } else {
@@ -291,9 +337,8 @@ class AttentionBackward {
     }
     tile_.finish();
     if (!to.last) return;
-    const int64_t kv_head = h / (a_.Hq / a_.Hkv), key = tile_.key();
-    if (wanted_.dk) store_keys(a_.dk, b, kv_head, key, tile_.keys(), a_.D, dk, wide_, a_.scale);
-    if (wanted_.dv) store_keys(a_.dv, b, kv_head, key, tile_.keys(), a_.Dv, dv, wide_v_, 1.f);
+    if (wanted_.dk) store_keys(a_.dk, b, kv_head, key, keys, a_.D, dk, wide_, a_.scale);
+    if (wanted_.dv) store_keys(a_.dv, b, kv_head, key, keys, a_.Dv, dv, wide_v_, 1.f);
   }
 
   void store_keys(const Gradient& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
@@ -412,12 +457,8 @@ auto with_backward(const AttentionBwdArgs& a, const Call& call) {
 }
 
 template <class T>
-void backward_rows(const AttentionBwdArgs& a, int64_t task, void*) {
-  a.out_fp32 ? BackwardRows<T, float>::task(a, task) : BackwardRows<T, T>::task(a, task);
-}
-template <class T>
-void backward_extremes(const AttentionBwdArgs& a, int64_t task, void* scratch) {
-  with_backward<T>(a, [&](auto of) { decltype(of)::type::extremes(a, task, scratch); });
+void backward_rows(const AttentionBwdArgs& a, int64_t task, void* scratch) {
+  with_backward<T>(a, [&](auto of) { decltype(of)::type::rows(a, task, scratch); });
 }
 template <class T>
 void backward_heads(const AttentionBwdArgs& a, int64_t task, void* scratch) {
@@ -445,9 +486,9 @@ int64_t backward_scratch(const AttentionBwdArgs& a, bool heads) {
 }
 
 template <class T>
-constexpr AttentionBwdTasks kBackwardTasks = {backward_rows<T>,    backward_extremes<T>, backward_heads<T>,
-                                              backward_queries<T>, backward_keys<T>,     backward_bias<T>,
-                                              backward_slopes<T>,  backward_scratch<T>};
+constexpr AttentionBwdTasks kBackwardTasks = {backward_rows<T>,   backward_heads<T>, backward_queries<T>,
+                                              backward_keys<T>,   backward_bias<T>,  backward_slopes<T>,
+                                              backward_scratch<T>};
 
 }  // namespace
 }  // namespace fastattn

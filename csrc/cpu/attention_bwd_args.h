@@ -55,17 +55,16 @@ struct AttentionBwdArgs : AttentionArgs {
 
 using AttentionBwdTask = void (*)(const AttentionBwdArgs&, int64_t task, void* scratch);
 
-// The passes of the backward. `rows` comes first; the others are independent of each other. `heads` does the
-// work of `queries` and `keys` together, to the same bits, with one computation of the probabilities
-// instead of two; there are fewer and longer tasks of it.
+// The passes of the backward. `rows` or `heads` comes first; the others are independent of each other.
+// `heads` does the work of `rows`, `queries` and `keys` together, to the same bits, with one computation of
+// the probabilities instead of two; there are fewer and longer tasks of it.
 struct AttentionBwdTasks {
-  AttentionBwdTask rows;      // [B, Hq, q_blocks] tasks: exponent, shift, delta, blocks
-  AttentionBwdTask extremes;  // [B, Hq, q_blocks]: shift of the extreme rows, where there are any
-  AttentionBwdTask heads;     // [B, Hkv]: dq, dk, dv
-  AttentionBwdTask queries;   // [B, Hq, q_blocks]: dq
-  AttentionBwdTask keys;      // [B, Hkv, k_blocks]: dk, dv
-  AttentionBwdTask bias;      // bias_tasks(): dbias
-  AttentionBwdTask slopes;    // [B, Hq]: dslopes
+  AttentionBwdTask rows;     // [B, Hq, q_blocks] tasks: exponent, shift, delta, blocks, dsinks
+  AttentionBwdTask heads;    // [B, Hkv]: that and dq, dk, dv
+  AttentionBwdTask queries;  // [B, Hq, q_blocks]: dq
+  AttentionBwdTask keys;     // [B, Hkv, k_blocks]: dk, dv
+  AttentionBwdTask bias;     // bias_tasks(): dbias
+  AttentionBwdTask slopes;   // [B, Hq]: dslopes
   int64_t (*scratch)(const AttentionBwdArgs&, bool heads);  // bytes, for a task of `heads` or any other
 };
 

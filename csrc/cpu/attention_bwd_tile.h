@@ -10,16 +10,10 @@
 // are 0 in the products above; they are then added one by one where they are seen.
 #pragma once
 
-#include "attention.h"
-#include "attention_bwd_args.h"
-#ifdef FASTATTN_HAS_TILES
-#include "attention_bwd_amx.h"
-#endif
+#include "attention_bwd_rows.h"
 
 namespace fastattn {
 namespace {
-
-inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 // Which of `rows` rows hold a number that is not finite.
 template <class T>
@@ -34,109 +28,6 @@ uint64_t rows_not_finite(const T* x, int64_t stride, int rows, int64_t width) {
   }
   return bad;
 }
-
-// What operands that are no tiles need besides their buffers.
-struct NoMatrices {
-  NoMatrices(const AttentionBwdArgs&, int64_t, float*) {}
-};
-
-// The products on fp32 operands. Rows are widened to fp32, `padded(width)` apart.
-template <class T>
-struct WidenedRows {
-  using Product = FmaProduct;
-  using Matrices = NoMatrices;
-  static constexpr int kRows = 1;  // rows of an operand that one step of a product takes
-  static constexpr bool kTiles = false;
-
-  static bool takes(int64_t) { return true; }
-  static int64_t wide(int64_t width) { return padded(width); }
-
-  static void pack_lanes(const T* x, int64_t stride, int count, int64_t width, float* out) {
-    WidenedOperands<T>::pack_q(x, stride, count, width, out);
-  }
-  static int64_t steps(int64_t width) { return width; }
-  static void pack_rows(const T* x, int64_t stride, int count, int64_t width, uint64_t, float* out) {
-    for (int r = 0; r < count; ++r, x += stride) {
-      for (int64_t d = 0; d < width; d += kLanes, out += kLanes) store(out, load_n(x + d, width - d));
-    }
-  }
-  static void clear_rows(uint64_t bad, int64_t width, float* packed) {
-    for (int r = 0; bad; ++r, bad >>= 1) {
-      if (bad & 1) memset(packed + r * padded(width), 0, padded(width) * 4);
-    }
-  }
-  static Broadcast rows(const T*, int64_t, const float* packed, int64_t width) {
-    return {(const char*)packed, padded(width) * 4, 4};
-  }
-};
-
-#ifdef FASTATTN_HAS_DOT2
-// The products on bf16 pairs; D and Dv are even. Q and dO are read in place and as pairs of adjacent rows.
-struct PairedRows {
-  using Product = Dot2Product;
-  using Matrices = NoMatrices;
-  static constexpr int kRows = 2;
-  static constexpr bool kTiles = false;
-
-  static bool takes(int64_t width) { return width % 2 == 0; }
-  static int64_t wide(int64_t width) { return padded(width); }
-  static void pack_lanes(const BFloat16* x, int64_t stride, int count, int64_t width, float* out) {
-    PairedOperands::pack_q(x, stride, count, width, out);
-  }
-  static int64_t steps(int64_t width) { return width / 2; }
-  static void pack_rows(const BFloat16* x, int64_t stride, int count, int64_t width, uint64_t bad,
-                        float* packed) {
-    int32_t* out = (int32_t*)packed;
-    const int64_t wide = padded(width);
-    for (int r = 0; r < count; r += 2, x += 2 * stride, out += wide) {
-      const bool low = !(bad >> r & 1), high = r + 1 < count && !(bad >> (r + 1) & 1);
-      int64_t d = 0;
-      if (low && high) {
-        for (; d + kLanes <= width; d += kLanes) store(out + d, interleave(x + d, x + stride + d));
-      }
-      for (; d < width; ++d)
-        out[d] = int32_t((low ? x[d].bits : 0) | (high ? uint32_t(x[stride + d].bits) << 16 : 0));
-      for (; d < wide; ++d) out[d] = 0;
-    }
-  }
-  static void clear_rows(uint64_t, int64_t, float*) {}
-  static Broadcast rows(const BFloat16* x, int64_t stride, const float*, int64_t) {
-    return {(const char*)x, stride * 2, 4};
-  }
-};
-#endif
-
-#ifdef FASTATTN_HAS_TILES
-// The products on tiles, of any width.
-struct TiledRows {
-  using Product = Dot2Product;
-  using Matrices = GradientMatrices;
-  static constexpr int kRows = 2;
-  static constexpr bool kTiles = true;
-
-  static bool takes(int64_t) { return true; }
-  static int64_t wide(int64_t width) { return padded_width(width); }
-
-  // Two lane vectors of two rows as pairs of rows, and as rows of pairs of keys that lie 16 apart, 32 words
-  // from row to row. Rounded as pack_pairs_loosely does it.
-  static FASTATTN_INLINE void put_pairs(const F32 (&x)[2][2], int32_t* pairs, int32_t* rows = nullptr) {
-    I32 high[2][2], low[2][2];
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        high[r][i] = bits_of(x[r][i]) + splat_int(0x8000);
-        low[r][i] = shift_right<16>(high[r][i]);
-      }
-    }
-    store(pairs, merge_halves(high[1][0], low[0][0]));
-    store(pairs + kLanes, merge_halves(high[1][1], low[0][1]));
-    if (!rows) return;
-    store(rows, merge_halves(high[0][1], low[0][0]));
-    store(rows + kGranule / 2, merge_halves(high[1][1], low[1][0]));
-  }
-};
-#endif
 
 // What a tile is computed for: the products, sums of dS over tiles, or both.
 enum class TileUse { kProducts, kSums, kBoth };
@@ -267,6 +158,9 @@ class GradientTile {
     }
   }
 
+  // What is to be asked for while tiles are computed.
+  Prefetch& prefetch() { return prefetch_; }
+
   const QueryRows& rows() const { return rows_; }
   int64_t key() const { return key_; }
   int keys() const { return keys_; }
@@ -357,11 +251,13 @@ class GradientTile {
       matrices_.begin_tile({to.dq, to.dk, to.dv});
       p_pairs_ = matrices_.p_pairs, ds_pairs_ = matrices_.ds_pairs;
     }
-    for (int s = 0; s < segments_; ++s) matrices_.compute_scores(segment_[s]);
+    for (int s = 0; s < segments_; ++s) matrices_.compute_scores(segment_[s]), prefetch_.step();
     for (int s = 0; s < segments_; ++s) {
       score_terms(s, s + 1);
       gradients_of<USE>(s, s + 1);
+      prefetch_.step();
       if constexpr (kProducts) matrices_.defer_keys(segment_[s]);
+      matrices_.keep_awake();  // these blocks take longer than the matrix unit waits
     }
     for (int s = 0; kProducts && s < segments_; ++s) {
       Segment half = segment_[s];
@@ -388,9 +284,11 @@ class GradientTile {
         return Broadcast{x.data + seg.first * x.row_bytes, x.row_bytes, x.step_bytes};
       };
       product<Product, Start::kZero, false>(rows_from(queries), seg.last - seg.first, Rows::steps(a_.D), k_t_,
-                                            scores_ + seg.first * kGranule, seg.from, seg.to);
+                                            scores_ + seg.first * kGranule, seg.from, seg.to, kGranule,
+                                            kGranule, &prefetch_);
       product<Product, Start::kZero, false>(rows_from(douts), seg.last - seg.first, Rows::steps(a_.Dv), v_t_,
-                                            ds_ + seg.first * kGranule, seg.from, seg.to);
+                                            ds_ + seg.first * kGranule, seg.from, seg.to, kGranule, kGranule,
+                                            &prefetch_);
     }
     score_terms(0, segments_);
   }
@@ -593,6 +491,7 @@ class GradientTile {
   bool packed_ = false;
   uint64_t bad_k_ = 0;
 
+  Prefetch prefetch_;
   QueryRows rows_;
   const QueryBlock* block_ = nullptr;
   const float *lse_ = nullptr, *shift_ = nullptr, *delta_ = nullptr;

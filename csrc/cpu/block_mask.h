@@ -11,6 +11,11 @@ namespace {
 
 // a[i] bit j <-> a[j] bit i.
 inline void transpose_bits(uint64_t* a) {
+#ifdef FASTATTN_HAS_BIT_TRANSPOSE
+  uint32_t half[2][kGranule];
+  transpose_bits_32(a, half[0]), transpose_bits_32(a + 32, half[1]);
+  for (int j = 0; j < kGranule; ++j) a[j] = half[0][j] | uint64_t(half[1][j]) << 32;
+#else
   uint64_t m = 0x00000000ffffffffull;
   for (int j = 32; j != 0; j >>= 1, m ^= m << j) {
     for (int k = 0; k < 64; k = ((k | j) + 1) & ~j) {
@@ -19,6 +24,7 @@ inline void transpose_bits(uint64_t* a) {
       a[k | j] ^= t;
     }
   }
+#endif
 }
 
 inline uint64_t low_bits(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
@@ -65,7 +71,7 @@ class BlockMask {
       const int32_t* offsets = a.block_offsets + b * a.map_batch + h * a.map_head + first_row / kGranule;
       entry_ = a.block_list + 2 * int64_t(offsets[0]);
       entries_end_ = a.block_list + 2 * int64_t(offsets[1]);
-      tiles_ = a.bit_tiles + first_row % kGranule;
+      tiles_ = a.bit_tiles;
     }
   }
 

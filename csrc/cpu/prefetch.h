@@ -11,8 +11,14 @@ namespace {
 
 class Prefetch {
  public:
-  // In the order in which they are asked for.
-  enum Use { kKeys, kValues, kOut, kNextQueries, kNextKeys, kNextValues, kUses };
+  // In the order in which they are asked for. Out: to be written. Far: much at a time and for later, so into
+  // the second-level cache.
+  // clang-format off
+  enum Use {
+    kKeys, kValues, kOut, kOutKeys, kOutValues, kNextQueries, kNextKeys, kNextValues,
+    kFarQueries, kFarGradients, kFarResults, kFarKeys, kFarValues, kUses
+  };
+  // clang-format on
 
   // `count` rows of so many bytes; whatever was left of an earlier request for this use is dropped.
   void ask(Use use, const void* data, int64_t row_bytes, int64_t count, int64_t stride_bytes) {
@@ -41,8 +47,10 @@ class Prefetch {
     for (int64_t left = kLines * kLine; left > 0;) {
       const int64_t n = r.bytes - r.at < left ? r.bytes - r.at : left;
       const char *p = r.row + r.at, *end = p + n;
-      if (use == kOut) {
+      if (use >= kOut && use <= kOutValues) {
         for (; p < end; p += kLine) __builtin_prefetch(p, 1);
+      } else if (use >= kFarQueries) {
+        for (; p < end; p += kLine) __builtin_prefetch(p, 0, 2);
       } else {
         for (; p < end; p += kLine) __builtin_prefetch(p);
       }

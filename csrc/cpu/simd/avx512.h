@@ -148,6 +148,7 @@ FASTATTN_INLINE I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)
 FASTATTN_INLINE I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
 // Bits that any lane has.
 FASTATTN_INLINE uint32_t any_of(I32 a) { return uint32_t(_mm512_reduce_or_epi32(a.v)); }
+#define FASTATTN_HAS_BIT_TRANSPOSE 1
 // Bit r of columns[j] is bit j of rows[r], for 32 rows of 64 bits.
 inline void transpose_bits_32(const uint64_t* rows, uint32_t* columns) {
   __m512i bytes[4];  // bits of 8 rows a column

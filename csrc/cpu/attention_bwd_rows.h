@@ -1,0 +1,122 @@
+// How the backward's tile takes rows of Q, K, V and dO: widened to fp32, as pairs of bf16, or on AMX tiles.
+//
+//   takes(width)                  whether it can multiply heads of that width
+//   wide(width)                   numbers from row to row of what is summed up
+//   Product, pack_*, steps, rows  operands of matmul.h's product, where vectors multiply
+//   Matrices                      the operands and products of tiles, where they do
+#pragma once
+
+#include "attention.h"
+#include "attention_bwd_args.h"
+#ifdef FASTATTN_HAS_TILES
+#include "attention_bwd_amx.h"
+#endif
+
+namespace fastattn {
+namespace {
+
+inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
+// What those that multiply with vectors have in common: rows `padded(width)` apart.
+struct VectorRows {
+  // Nothing besides the tile's own buffers.
+  struct Matrices {
+    Matrices(const AttentionBwdArgs&, int64_t, float*) {}
+  };
+  static constexpr bool kTiles = false;
+  static int64_t wide(int64_t width) { return padded(width); }
+};
+
+// The products on fp32 operands, to which rows are widened.
+template <class T>
+struct WidenedRows : VectorRows {
+  using Product = FmaProduct;
+  static constexpr int kRows = 1;  // rows of an operand that one step of a product takes
+
+  static bool takes(int64_t) { return true; }
+  static void pack_lanes(const T* x, int64_t stride, int count, int64_t width, float* out) {
+    WidenedOperands<T>::pack_q(x, stride, count, width, out);
+  }
+  static int64_t steps(int64_t width) { return width; }
+  static void pack_rows(const T* x, int64_t stride, int count, int64_t width, uint64_t, float* out) {
+    for (int r = 0; r < count; ++r, x += stride) {
+      for (int64_t d = 0; d < width; d += kLanes, out += kLanes) store(out, load_n(x + d, width - d));
+    }
+  }
+  static void clear_rows(uint64_t bad, int64_t width, float* packed) {
+    for (int r = 0; bad; ++r, bad >>= 1) {
+      if (bad & 1) memset(packed + r * padded(width), 0, padded(width) * 4);
+    }
+  }
+  static Broadcast rows(const T*, int64_t, const float* packed, int64_t width) {
+    return {(const char*)packed, padded(width) * 4, 4};
+  }
+};
+
+#ifdef FASTATTN_HAS_DOT2
+// The products on bf16 pairs; D and Dv are even. Q and dO are read in place and as pairs of adjacent rows.
+struct PairedRows : VectorRows {
+  using Product = Dot2Product;
+  static constexpr int kRows = 2;
+
+  static bool takes(int64_t width) { return width % 2 == 0; }
+  static void pack_lanes(const BFloat16* x, int64_t stride, int count, int64_t width, float* out) {
+    PairedOperands::pack_q(x, stride, count, width, out);
+  }
+  static int64_t steps(int64_t width) { return width / 2; }
+  static void pack_rows(const BFloat16* x, int64_t stride, int count, int64_t width, uint64_t bad,
+                        float* packed) {
+    int32_t* out = (int32_t*)packed;
+    const int64_t wide = padded(width);
+    for (int r = 0; r < count; r += 2, x += 2 * stride, out += wide) {
+      const bool low = !(bad >> r & 1), high = r + 1 < count && !(bad >> (r + 1) & 1);
+      int64_t d = 0;
+      if (low && high) {
+        for (; d + kLanes <= width; d += kLanes) store(out + d, interleave(x + d, x + stride + d));
+      }
+      for (; d < width; ++d)
+        out[d] = int32_t((low ? x[d].bits : 0) | (high ? uint32_t(x[stride + d].bits) << 16 : 0));
+      for (; d < wide; ++d) out[d] = 0;
+    }
+  }
+  static void clear_rows(uint64_t, int64_t, float*) {}
+  static Broadcast rows(const BFloat16* x, int64_t stride, const float*, int64_t) {
+    return {(const char*)x, stride * 2, 4};
+  }
+};
+#endif
+
+#ifdef FASTATTN_HAS_TILES
+// The products on tiles, of any width.
+struct TiledRows {
+  using Product = Dot2Product;
+  using Matrices = GradientMatrices;
+  static constexpr int kRows = 2;
+  static constexpr bool kTiles = true;
+
+  static bool takes(int64_t) { return true; }
+  static int64_t wide(int64_t width) { return padded_width(width); }
+
+  // Two lane vectors of two rows as pairs of rows, and as rows of pairs of keys that lie 16 apart, 32 words
+  // from row to row. Rounded as pack_pairs_loosely does it.
+  static FASTATTN_INLINE void put_pairs(const F32 (&x)[2][2], int32_t* pairs, int32_t* rows = nullptr) {
+    I32 high[2][2], low[2][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        high[r][i] = bits_of(x[r][i]) + splat_int(0x8000);
+        low[r][i] = shift_right<16>(high[r][i]);
+      }
+    }
+    store(pairs, merge_halves(high[1][0], low[0][0]));
+    store(pairs + kLanes, merge_halves(high[1][1], low[0][1]));
+    if (!rows) return;
+    store(rows, merge_halves(high[0][1], low[0][0]));
+    store(rows + kGranule / 2, merge_halves(high[1][1], low[1][0]));
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace fastattn
