@@ -67,10 +67,6 @@ def scaled_dot_product_attention(
         out = _padded_call(query, key, value, attn_mask, scale)
         if out is not None:
             return out
-    if attn_mask is not None and is_causal:
-        raise ValueError(
-            "attn_mask is given and is_causal is True; pass one of them, or fastattn.attention(mask=Causal() & ...)"
-        )
     problem = attention_problem(
         query,
         key,
@@ -178,9 +174,12 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _plain_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
     """The shortest way for plain calls; None where this call is not one."""
-    if not _is_plain(q, k, v):
+    if not _is_plain(q, k, v) or type(is_causal) is not bool:
         return None
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    elif type(scale) is not float:
+        return None
     if _wants_gradient(q, k, v):
         last = 0 if is_causal else None
         return _with_gradient(q, k, v, scale, None, last, None, None, *_NOTHING_ELSE)[0]
@@ -198,7 +197,7 @@ def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
         return None
     if (mask.dtype is not torch.bool and mask.dtype not in (q.dtype, torch.float32)) or not (B and H):
         return None
-    if mask.requires_grad and torch.is_grad_enabled():
+    if (mask.requires_grad and torch.is_grad_enabled()) or not (scale is None or type(scale) is float):
         return None
     lo, hi, flags = native.keys(mask.detach() if mask.requires_grad else mask)
     if flags & (native.GAPS | native.NONZERO):
@@ -220,6 +219,7 @@ def _lower(p: Problem) -> Lowered:
 def _run(p: Problem) -> tuple[Tensor, ...]:
     choice = choose(p)
     name, lowered = choice.kernel.name, _lower(p)
+    p.draw_seed()
     out, lse = _run_reference(p, lowered) if name == "reference" else _run_op(p, lowered, name)
     results = [p.restore(out, p.Sq, p.Dv)]
     if p.return_lse:
@@ -373,12 +373,17 @@ def describe(m: Lowered) -> str:
     return ", ".join(parts)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, **arguments) -> Explanation:
-    """Which kernel `attention` with these arguments runs, and why each other one refused; runs nothing.
+def explain(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, **arguments) -> Explanation:
+    """Which kernel `attention` with these arguments runs, and why each other one refused; runs and draws nothing.
 
-    Takes the arguments of `attention`, and `is_causal` of scaled_dot_product_attention.
+    Takes the arguments of `attention`, and `is_causal` of scaled_dot_product_attention in place of a mask.
 
     Raises what attention raises.
     """
-    p = attention_problem(q, k, v, **arguments)
+    for name in arguments:
+        if name not in attention.__kwdefaults__:
+            raise TypeError(
+                f"explain() got an unexpected keyword argument {name!r}; it takes those of attention, and is_causal"
+            )
+    p = attention_problem(q, k, v, is_causal=is_causal, **arguments)
     return Explanation(p, choose(p), _lower(p))

@@ -44,6 +44,7 @@ class Problem:
     scale: float = 1.0
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    generator: torch.Generator | None = None
     return_lse: bool = False
     return_weights: bool = False
     backend: str | None = None
@@ -100,6 +101,13 @@ class Problem:
             return False
         return any(forward_ad.unpack_dual(t).tangent is not None for t in self.tensors())
 
+    def draw_seed(self) -> None:
+        """Draws dropout's seed unless one was given: after all that can refuse the call, which then draws nothing."""
+        if self.dropout_p and self.dropout_seed is None:
+            self.dropout_seed = torch.randint(
+                -(2**63), 2**63 - 1, (), generator=self.generator, device=self.device
+            )
+
     def restore(self, t: Tensor, *trailing: int) -> Tensor:
         """A canonical result [B, Hq, ...] in the caller's rank."""
         return t if len(self.lead) == 2 else t.reshape(*self.lead, *trailing)
@@ -146,10 +154,7 @@ def _canonical(q, k, v, gqa: bool, names) -> tuple[Tensor, Tensor, Tensor, tuple
         Hq, Hkv = q.shape[1], k.shape[1]
         if v.shape[1] == Hkv and (Hq == Hkv or (gqa and Hkv > 0 and Hq % Hkv == 0)):
             return q, k, v, tuple(q.shape[:2])
-    if q.dim() == 2:
-        lead: tuple[int, ...] = ()
-        heads = (1, 1, 1)
-    elif max(q.dim(), k.dim(), v.dim()) == 3:
+    if max(q.dim(), k.dim(), v.dim()) <= 3:
         heads = (1, 1, 1)
     else:
         heads = tuple(t.shape[-3] if t.dim() > 2 else 1 for t in (q, k, v))
@@ -244,25 +249,66 @@ def _autocast(tensors: tuple, notes: list[str]) -> tuple:
     return tuple(cast(t) for t in tensors)
 
 
-def _seed(p: Problem, seed, generator) -> Tensor | None:
-    if p.dropout_p == 0.0:
+def _check_generator(generator, p: Problem) -> torch.Generator | None:
+    if generator is None:
         return None
-    if seed is not None and generator is not None:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be None or a torch.Generator, got {_kind(generator)}")
+    if generator.device.type != p.device.type:
+        raise RuntimeError(f"generator must be on {p.device} like q, got {generator.device}")
+    return generator
+
+
+def _seed(p: Problem, seed) -> Tensor | None:
+    """The seed that was given, as a tensor."""
+    if seed is None:
+        return None
+    if p.generator is not None:
         raise ValueError("dropout_seed and generator are both given; one of them decides")
     if isinstance(seed, int):
-        return torch.tensor(seed, dtype=torch.int64, device=p.device)
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != p.device:
-            raise ValueError(
-                f"dropout_seed must be an int or one int64 on {p.device}, got {list(seed.shape)} "
-                f"{name_of(seed.dtype)} on {seed.device}"
-            )
-        return seed
-    if seed is not None:
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"dropout_seed must be an int64, from -2**63 to 2**63 - 1, got {seed}")
+        return torch.tensor(seed, dtype=torch.int64, device=p.device) if p.dropout_p else None
+    if not isinstance(seed, Tensor):
         raise TypeError(f"dropout_seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if generator is not None and generator.device.type != p.device.type:
-        raise RuntimeError(f"generator must be on {p.device} like q, got {generator.device}")
-    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=p.device)
+    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != p.device:
+        raise ValueError(
+            f"dropout_seed must be an int or one int64 on {p.device}, got {list(seed.shape)} {name_of(seed.dtype)} "
+            f"on {seed.device}"
+        )
+    return seed if p.dropout_p else None
+
+
+def _number(x, name: str) -> float:
+    if isinstance(x, (int, float)):
+        return float(x)
+    try:
+        if not isinstance(x, str):
+            return float(x)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number or None, got {_kind(x)}")
+
+
+def _check_is_causal(is_causal, mask, mask_name: str) -> None:
+    if type(is_causal).__name__ not in ("bool", "bool_"):  # numpy's too
+        raise TypeError(f"is_causal must be True or False, got {_kind(is_causal)}")
+    if is_causal and mask is not None:
+        raise ValueError(
+            f"{mask_name} is given and is_causal is True; pass one of them, or "
+            "fastattn.attention(mask=Causal() & ...)"
+        )
+
+
+def _check_term(t, name: str, p: Problem, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """A float a head, or a batch item and head."""
+    if not isinstance(t, Tensor) or tuple(t.shape) not in shapes:
+        allowed = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must be a tensor {allowed}, got {_kind(t)}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be of floating point, got {name_of(t.dtype)}")
+    _check_device(t, name, p)
+    return t
 
 
 def check_dropout(dropout_p: float) -> float:
@@ -306,6 +352,7 @@ def attention_problem(
     """
     check_backend(backend)
     dropout_p = check_dropout(dropout_p)
+    _check_is_causal(is_causal, mask, mask_name)
     notes: list[str] = []
     q, k, v, mask, bias = _autocast((q, k, v, mask, bias), notes)
     _check_operands(q, k, v, names)
@@ -313,11 +360,11 @@ def attention_problem(
     D = q4.shape[3]
     p = Problem(q4, k4, v4, lead, is_causal=is_causal, dropout_p=dropout_p, backend=backend, notes=notes)
     p.return_lse, p.return_weights = return_lse, return_weights
-    p.scale = float(scale) if scale is not None else (D**-0.5 if D else 1.0)
+    p.scale = _number(scale, "scale") if scale is not None else (D**-0.5 if D else 1.0)
     if softcap is not None:
-        if not softcap > 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap!r}")
-        p.softcap = float(softcap)
+        p.softcap = _number(softcap, "softcap")
+        if not 0 < p.softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
     if isinstance(mask, Tensor):
         _check_score_dtype(mask, mask_name, p, boolean=True)
         p.mask = _canonical_score_tensor(mask, mask_name, p)
@@ -333,19 +380,11 @@ def attention_problem(
         _check_score_dtype(bias, "bias", p, boolean=False)
         p.bias = _canonical_score_tensor(bias, "bias", p)
     if alibi_slopes is not None:
-        shapes = ((p.Hq,), (p.B, p.Hq))
-        if not isinstance(alibi_slopes, Tensor) or tuple(alibi_slopes.shape) not in shapes:
-            raise ValueError(
-                f"alibi_slopes must be a tensor [{p.Hq}] or [{p.B}, {p.Hq}], got {_kind(alibi_slopes)}"
-            )
-        _check_device(alibi_slopes, "alibi_slopes", p)
-        p.alibi_slopes = alibi_slopes
+        p.alibi_slopes = _check_term(alibi_slopes, "alibi_slopes", p, ((p.Hq,), (p.B, p.Hq)))
     if sinks is not None:
-        if not isinstance(sinks, Tensor) or tuple(sinks.shape) != (p.Hq,):
-            raise ValueError(f"sinks must be a tensor [{p.Hq}], one a query head, got {_kind(sinks)}")
-        _check_device(sinks, "sinks", p)
-        p.sinks = sinks
-    p.dropout_seed = _seed(p, dropout_seed, generator)
+        p.sinks = _check_term(sinks, "sinks", p, ((p.Hq,),))
+    p.generator = _check_generator(generator, p)
+    p.dropout_seed = _seed(p, dropout_seed)
     if out is not None:
         _check_out(out, p)
     return p

@@ -86,6 +86,7 @@ class AttentionWeights:
         p = attention_problem(q, k, k, **arguments)
         self._problem = p
         self._lowered = _lower(p)
+        p.draw_seed()
         self._bias = _total_bias(p, self._lowered)
         self.shape = torch.Size((p.B, p.Hq, p.Sq, p.Sk))
 

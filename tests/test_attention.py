@@ -236,8 +236,9 @@ def test_visible_nan_comes_out():
     assert torch.isfinite(out[0, 0, :3]).all() and out[0, 0, 3:].isnan().all()
 
 
-def test_same_bits_at_every_thread_count_and_order(isa, threads, task_order):
-    q, k, v = inputs(2, 6, 2, 200, 333, 64, 64, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_at_every_thread_count_and_order(isa, dtype, threads, task_order):
+    q, k, v = inputs(2, 6, 2, 200, 333, 64, 64, dtype)
     arguments = dict(mask=masks.CausalLowerRight(), dropout_p=0.2, dropout_seed=5, return_lse=True)
     threads(1)
     expected = fastattn.attention(q, k, v, **arguments)

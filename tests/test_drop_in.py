@@ -1,5 +1,6 @@
 """fastattn.scaled_dot_product_attention against torch's, and what a wrong call is told."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn import functional, masks
+from fastattn import _info, _library, functional, masks
 
 sdpa = fastattn.scaled_dot_product_attention
 
@@ -144,6 +145,7 @@ def test_autocast():
 
 
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+PADDING = torch.ones(2, 1, 1, 5).bool()
 WRONG = [
     (lambda: sdpa(Q, K, K), ValueError, r"heads of query \(4\).*key \(2\).*enable_gqa"),
     (
@@ -185,6 +187,38 @@ WRONG = [
         ValueError,
         "dropout_seed",
     ),
+    (lambda: fastattn.attention(Q, Q, Q, dropout_seed="x"), TypeError, "dropout_seed.*str"),
+    (
+        lambda: fastattn.attention(Q, Q, Q, dropout_p=0.1, dropout_seed=2**63),
+        ValueError,
+        "dropout_seed.*int64",
+    ),
+    (lambda: fastattn.attention(Q, Q, Q, generator=7), TypeError, "generator.*int 7"),
+    (
+        lambda: fastattn.attention(Q, Q, Q, dropout_seed=1, generator=torch.Generator()),
+        ValueError,
+        "dropout_seed and generator",
+    ),
+    (lambda: sdpa(Q, Q, Q, scale="x"), TypeError, "scale must be a number.*'x'"),
+    (lambda: sdpa(Q, Q, Q, scale=[1.0]), TypeError, "scale must be a number.*list"),
+    (lambda: sdpa(Q, Q, Q, PADDING, scale=1j), TypeError, "scale must be a number.*complex"),
+    (lambda: fastattn.attention(Q, Q, Q, scale=torch.ones(2)), TypeError, r"scale.*\[2\]"),
+    (lambda: sdpa(Q, Q, Q, is_causal="x"), TypeError, "is_causal must be True or False.*'x'"),
+    (lambda: sdpa(Q, Q, Q, is_causal=torch.tensor([True, False])), TypeError, "is_causal"),
+    (lambda: fastattn.attention(Q, Q, Q, softcap="x"), TypeError, "softcap must be a number"),
+    (lambda: fastattn.attention(Q, Q, Q, softcap=float("inf")), ValueError, "softcap.*finite"),
+    (lambda: fastattn.attention(Q, Q, Q, sinks=torch.zeros(4).int()), TypeError, "sinks.*int32"),
+    (
+        lambda: fastattn.attention(Q, Q, Q, alibi_slopes=torch.zeros(4, dtype=torch.complex64)),
+        TypeError,
+        "alibi_slopes.*complex64",
+    ),
+    (
+        lambda: fastattn.explain(Q, Q, Q, mask=masks.KeyPadding([3, 2]), is_causal=True),
+        ValueError,
+        "mask.*is_causal",
+    ),
+    (lambda: fastattn.explain(Q, Q, Q, gqa=False), TypeError, "unexpected keyword argument 'gqa'"),
     (lambda: fastattn.attention(Q, Q, Q, mask=masks.KeyPadding([9, 1])), ValueError, "KeyPadding.*lengths"),
     (lambda: fastattn.attention(Q, Q, Q, mask=masks.KeyPadding([1, 1, 1])), ValueError, "KeyPadding"),
 ]
@@ -195,6 +229,45 @@ def test_a_wrong_call_is_told_why(case):
     call, error, message = WRONG[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nothing_is_drawn_for_a_call_that_does_not_run(given):
+    generator = torch.Generator().manual_seed(3) if given else torch.default_generator
+    arguments = dict(dropout_p=0.5, generator=generator if given else None)
+    before = generator.get_state()
+    fastattn.explain(Q, Q, Q, **arguments)
+    for more in (dict(backend="triton"), dict(out=torch.empty(1)), dict(mask=masks.KeyPadding([9, 1]))):
+        with pytest.raises((RuntimeError, ValueError)):
+            fastattn.attention(Q, Q, Q, **arguments, **more)
+    assert torch.equal(generator.get_state(), before)
+    fastattn.attention(Q, Q, Q, **arguments)
+    assert not torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("shapes", list(itertools.product(["5", "245", "45"], repeat=3)))
+def test_operands_of_different_ranks_broadcast(shapes):
+    q, k, v = (torch.randn(*(int(c) for c in shape), 8) for shape in shapes)
+    try:
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    except RuntimeError:
+        with pytest.raises(ValueError, match="heads|broadcast"):
+            sdpa(q, k, v)
+    else:
+        torch.testing.assert_close(sdpa(q, k, v), expected)
+
+
+def test_a_library_that_does_not_load_names_both_versions(monkeypatch, tmp_path):
+    broken = tmp_path / "_ops.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_library, "_OPS", broken)
+    with pytest.raises(ImportError) as refused:
+        _library._load()
+    assert torch.__version__ in str(refused.value)
+    assert _info.build_info()["torch_headers"] in str(refused.value)
+    monkeypatch.setattr(_library, "_OPS", tmp_path / "missing.so")
+    with pytest.raises(ImportError, match="not built.*pip install"):
+        _library._load()
 
 
 def test_nested_tensors_are_refused():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastattn import masks
 from fastattn import nn as fnn
+from fastattn.masks import words
 
 E, H = 24, 4
 
@@ -119,6 +120,15 @@ def test_export(name):
     torch.testing.assert_close(program.module()(x, padded), model(x, padded), atol=1e-5, rtol=1e-4)
     targets = {str(node.target) for node in program.graph.nodes}
     assert name == "norms" or any(target.startswith("fastattn.attention") for target in targets)
+
+
+def test_nothing_of_a_trace_lives_on():
+    """The tables of words are kept for later calls: not those that were made while export traced."""
+    words.low_bits.cache_clear(), words.lanes.cache_clear()
+    module, (x, padded) = CALLS["attention"][0]().eval(), batch()
+    torch.export.export(module, (x, x, x), dict(key_padding_mask=padded))
+    _, weights = module(x, x, x, attn_mask=torch.rand(x.shape[1], x.shape[1]) > 0.7)
+    assert type(weights.detach()) is torch.Tensor and weights.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["attention", "attention, weights", "encoder", "transformer"])

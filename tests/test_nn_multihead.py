@@ -11,7 +11,7 @@ from pairwise import name_of, pairwise
 
 import fastattn
 from fastattn import masks
-from fastattn.nn import MultiheadAttention, multihead
+from fastattn.nn import MultiheadAttention, TransformerEncoderLayer, multihead
 from fastattn.nn.masking import Visibility
 
 E, H, N, L, S = 24, 3, 2, 7, 9
@@ -279,6 +279,13 @@ def test_from_torch_shares_parameters_and_hooks():
 
     with pytest.raises(TypeError, match="forward of its own"):
         MultiheadAttention.from_torch(Other(E, H))
+
+    class Experts(torch.nn.TransformerEncoderLayer):
+        def _ff_block(self, x):
+            return x
+
+    with pytest.raises(TypeError, match="_ff_block of its own"):
+        TransformerEncoderLayer.from_torch(Experts(E, H))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

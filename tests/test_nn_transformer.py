@@ -155,15 +155,11 @@ def test_encoder(case):
     if case["padding"] in ("pad-right", "pad-holes", "pad-infinite"):
         padded = padding if padding.dtype == torch.bool else padding == -math.inf
         padded = padded.transpose(0, 1) if case["layout"] == "sequence-first" else padded
-    if case["padding"] == "pad-infinite" and case["layout"] == "unbatched":
-        padded = None
     x = draw(case, L, 2)
     explanation = ours.explain(x, **keywords)
     ranges = case["mask"] in ("", "causal", "hint", "window")
     packs = padded is not None and case["layout"] != "unbatched" and ranges
     assert explanation.packed == packs
-    if padded is not None and case["padding"] == "pad-infinite" and not packs:
-        padded = None
     compare(ours, theirs, [x], keywords, case["dtype"], padded)
 
 
@@ -330,6 +326,40 @@ def test_masks_that_pack_and_those_that_do_not():
     assert model.explain(x).reason == "there is no src_key_padding_mask"
 
 
+def with_layers(layers):
+    model = fnn.TransformerEncoder(layers[0], 1)
+    model.layers = torch.nn.ModuleList(layers)
+    return model
+
+
+def test_padded_rows_are_0_however_the_layers_run():
+    layer = dict(d_model=E, dim_feedforward=40, dropout=0.0, batch_first=True)
+    different = [fnn.TransformerEncoderLayer(nhead=heads, **layer) for heads in (H, 2 * H)]
+    theirs = torch.nn.TransformerEncoderLayer(nhead=H, **layer)
+    x, padded = padded_batch(size=40)
+    infinite = torch.zeros(padded.shape).masked_fill(padded, -math.inf)
+    for layers in (different, [theirs], [different[0]]):
+        model = with_layers(layers)
+        for mask in (None, masks.Strided(3)) if layers[0] is not theirs and len(layers) == 1 else (None,):
+            y = model(x, mask, padded)
+            torch.testing.assert_close(model(x, mask, infinite), y)
+            assert not y[padded].any() and y[~padded].any(-1).all()
+    assert "differ in nhead" in with_layers(different).explain(x, None, padded).reason
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_causal_hint_beside_padding_is_no_more_than_a_hint(training):
+    model = small_encoder(dropout=0.0).train(training)
+    x, padded = padded_batch(size=40)
+    window = torch.ones(40, 40, dtype=torch.bool).tril(3).logical_not()
+    assert torch.equal(model(x, window, padded, is_causal=True), model(x, window, padded))
+    assert (
+        model.explain(x, window, padded, True).attention.mask
+        == model.explain(x, window, padded).attention.mask
+    )
+    assert not torch.allclose(model(x, window, padded), model(x, masks.Causal(), padded))
+
+
 def test_layers_of_another_class_get_plain_masks():
     class Spy(torch.nn.TransformerEncoderLayer):
         def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
@@ -376,6 +406,8 @@ BAD_CALLS = {
     "padding's dtype": dict(src_key_padding_mask=torch.zeros(4, 10, dtype=torch.int)),
     "padding's batch": dict(src_key_padding_mask=torch.zeros(3, 10, dtype=torch.bool)),
     "padding's keys": dict(src_key_padding_mask=torch.zeros(4, 9, dtype=torch.bool)),
+    "padding's rank": dict(src_key_padding_mask=torch.zeros(10, dtype=torch.bool)),
+    "mask's rank": dict(mask=torch.zeros(10, dtype=torch.bool)),
     "mask's dtype": dict(mask=torch.zeros(10, 10, dtype=torch.int)),
     "mask's size": dict(mask=torch.zeros(10, 9, dtype=torch.bool)),
     "mask's heads": dict(mask=torch.zeros(4, 10, 10, dtype=torch.bool)),
@@ -392,6 +424,8 @@ def test_refuses_what_torch_refuses(keywords):
         theirs(x, **keywords)
     with pytest.raises(refused.type):
         ours(x, **keywords)
+    with pytest.raises(AssertionError):
+        ours(x[0], src_key_padding_mask=torch.zeros(1, 10, dtype=torch.bool))
     if "mask" in keywords:
         keywords = {**keywords, "src_key_padding_mask": torch.ones(4, 10, dtype=torch.bool).tril(6)}
         with pytest.raises((AssertionError, RuntimeError)):

@@ -253,3 +253,10 @@ def test_second_derivatives(name):
     for add in (False, True):
         for a, b in zip(second(rows, torch.float32, add), second(reference, torch.float64, add)):
             torch.testing.assert_close(a, b.float(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_an_empty_batch_has_gradients(name):
+    x, weight = torch.randn(0, 10, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    getattr(rows, name)(x, 24, weight).sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()

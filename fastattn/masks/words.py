@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,14 +17,33 @@ def granules(size: int) -> int:
     return -(-size // GRANULE)
 
 
-@functools.cache
+def _kept(make: Callable[[torch.device], Tensor]) -> Callable[[torch.device], Tensor]:
+    """`make`, called once a device; what is made while something traces lives no longer than the trace."""
+    kept: dict[torch.device, Tensor] = {}
+
+    @functools.wraps(make)
+    def get(device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(device)
+        if device not in kept:
+            made = make(device)
+            if type(made) is not Tensor or torch._C._len_torch_dispatch_stack():
+                return made
+            kept[device] = made
+        return kept[device]
+
+    get.cache_clear = kept.clear
+    return get
+
+
+@_kept
 def low_bits(device: torch.device) -> Tensor:
     """int64 [65]: word n has its n lowest bits set."""
     words = torch.tensor([(1 << n) - 1 for n in range(64)] + [-1], dtype=torch.int64)
     return words.to(device)
 
 
-@functools.cache
+@_kept
 def lanes(device: torch.device) -> Tensor:
     return torch.arange(GRANULE, device=device)
 

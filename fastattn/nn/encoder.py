@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from . import packing
 from .dropping import dropped
 from .linear import apply
 from .masking import Maskish, Visibility, causal, check_kinds, combine
-from .multihead import MultiheadAttention
+from .multihead import MultiheadAttention, check_shapes
 from .norms import add_then_norm
 from .sharing import FromTorch, converted
 
@@ -194,18 +195,23 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
             return through_nested(self, src, mask, src_key_padding_mask, self.layers, self.norm)
         if not self._ours():
             return self._plainly(src, mask, src_key_padding_mask, bool(is_causal))
+        check_shapes(self.layers[0].self_attn, src, src, src, src_key_padding_mask, mask)
         if is_causal:
-            mask = causal(mask, trusted=True)
+            mask = causal(mask, trusted=src_key_padding_mask is None)
         plan = self._plan(src, mask, src_key_padding_mask)
         if isinstance(plan, packing.Packing):
             x = self._through(plan.pack(src), plan.seen)
             return plan.unpack(x)
         seen = self._seen(src, mask, src_key_padding_mask)
-        x = self._through(src, seen)
-        if src_key_padding_mask is None or src_key_padding_mask.dtype != torch.bool:
+        return self._without_padding(self._through(src, seen), src_key_padding_mask)
+
+    def _without_padding(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """x with padded rows 0: those of True, or of -inf."""
+        attention = getattr(self.layers[0], "self_attn", None) if len(self.layers) else None
+        if padding is None or attention is None:
             return x
-        padded = src_key_padding_mask
-        if src.dim() == 3 and not self.layers[0].self_attn.batch_first:
+        padded = padding if padding.dtype == torch.bool else padding == -math.inf
+        if x.dim() == 3 and not getattr(attention, "batch_first", False):
             padded = padded.transpose(0, 1)
         return x.masked_fill(padded.unsqueeze(-1), 0.0)
 
@@ -222,16 +228,18 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
         return x if self.norm is None else self.norm(x)
 
     def _plainly(self, src, mask, src_key_padding_mask, is_causal) -> Tensor:
-        """Layers of another class, each given the masks as they are."""
+        """Layers of another class, or that differ, each given the masks as they are."""
         x = src
         for layer in self.layers:
             x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
-        return x if self.norm is None else self.norm(x)
+        return self._without_padding(x if self.norm is None else self.norm(x), src_key_padding_mask)
 
     def _plan(self, src: Tensor, mask: MaskArgument, padding: Tensor | None) -> packing.Packing | str:
         """How this call packs, or why not."""
-        if not self._ours():
+        if not all(map(is_ours, self.layers)):
             return "a layer is none of fastattn.nn; TransformerEncoder.from_torch converts torch's"
+        if not self._ours():
+            return "the layers differ in nhead or batch_first"
         if padding is None:
             return "there is no src_key_padding_mask"
         if src.dim() != 3 or padding.dim() != 2:
@@ -269,7 +277,7 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
     ) -> EncoderExplanation:
         """Whether a call packs and which kernel its attention runs; computes one projection, no layer."""
         if is_causal:
-            mask = causal(mask, trusted=True)
+            mask = causal(mask, trusted=src_key_padding_mask is None)
         plan = self._plan(src, mask, src_key_padding_mask)
         if not self._ours():
             return EncoderExplanation(False, plan, None)

@@ -100,7 +100,7 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
     def _operands(self, query, key, value, key_padding_mask, attn_mask, trusted, is_causal):
         """q [N, H, L, D], k and v [N, H, S + extra, D], and what is visible."""
         check_kinds(("key_padding_mask", "attn_mask"), key_padding_mask, attn_mask)
-        _check_shapes(self, query, key, value, key_padding_mask, attn_mask)
+        check_shapes(self, query, key, value, key_padding_mask, attn_mask)
         if query.dim() == 2 and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         extra = (self.bias_k is not None) + bool(self.add_zero_attn)
@@ -120,7 +120,7 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         if not (plain and self.batch_first and key is value and query.dim() == 3) or is_causal:
             return None
         check_kinds(("key_padding_mask", "attn_mask"), key_padding_mask, attn_mask)
-        _check_shapes(self, query, key, value, key_padding_mask, attn_mask)
+        check_shapes(self, query, key, value, key_padding_mask, attn_mask)
         if key_padding_mask.shape != key.shape[:2]:
             return None
         plan = packing.plan_keys(key_padding_mask, attn_mask, self.num_heads, query.shape[1])
@@ -215,7 +215,7 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         return rows.nested(apply(self.out_proj, out.squeeze(0).transpose(0, 1).flatten(-2))), None
 
 
-def _check_shapes(module, query, key, value, key_padding_mask, attn_mask) -> None:
+def check_shapes(module, query, key, value, key_padding_mask, attn_mask) -> None:
     """Ranks and sizes of a call, refused with torch's types of errors."""
     if query.dim() not in (2, 3):
         raise AssertionError(

@@ -47,10 +47,12 @@ class FromTorch:
             raise TypeError(
                 f"module must be a torch.nn.{original.__name__}, got {type(module).__module__}.{type(module).__name__}"
             )
-        if type(module).forward not in (original.forward, cls.forward):
-            raise TypeError(
-                f"module is a {type(module).__module__}.{type(module).__name__}, which has a forward of its own; "
-                f"{cls.__name__}.from_torch would drop it"
-            )
+        for name in ("forward", "_sa_block", "_mha_block", "_ff_block"):
+            known = (getattr(original, name, None), getattr(cls, name, None))
+            if getattr(type(module), name, None) not in known:
+                raise TypeError(
+                    f"module is a {type(module).__module__}.{type(module).__name__}, which has a {name} of its own; "
+                    f"{cls.__name__}.from_torch would drop it"
+                )
         children = {name: converted(child) for name, child in module._modules.items() if child is not None}
         return _clone(module, cls, children)
