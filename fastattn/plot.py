@@ -105,6 +105,10 @@ def mask(
 
     Sq and Sk default to the size the mask itself has, else 64. Returns [axes]; raises what `attention` raises.
     """
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a mask of fastattn.masks (from_tensor makes one), got {type(mask).__name__}"
+        )
     Sq, Sk = sizes(mask, Sq, Sk)
     grid, _ = density(lower(mask, B, H, H, Sq, Sk, "cpu"), b, h)
     figure, axes = _figure(1, 1, 4.0)
@@ -133,6 +137,8 @@ def encoding(
         table = _table(table, length)
     if table.dim() not in (2, 4):
         raise ValueError(f"table must be [S, D], got shape {list(table.shape)}")
+    if not table.numel():
+        raise ValueError(f"table must have elements to draw, got shape {list(table.shape)}")
     grids = [table] if table.dim() == 2 else list(table[0])
     columns = math.ceil(math.sqrt(len(grids)))
     figure, axes = _figure(math.ceil(len(grids) / columns), columns, 4.0 if len(grids) == 1 else 1.8)

@@ -311,9 +311,9 @@ def _check_term(t, name: str, p: Problem, shapes: tuple[tuple[int, ...], ...]) -
     return t
 
 
-def check_dropout(dropout_p: float) -> float:
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+        raise ValueError(f"{name} must be in [0, 1), got {dropout_p!r}")
     return float(dropout_p)
 
 

@@ -154,7 +154,17 @@ def test_grouped_bad_input():
         fnn.GroupedQueryAttention(32, 4, 2, rope=fnn.RotaryEmbedding(16))
     with pytest.raises(ValueError, match="qk_norm"):
         fnn.GroupedQueryAttention(32, 4, 2, qk_norm="batch_norm")
+    for keywords, message in (
+        (dict(dropout=1.5), r"dropout must be in \[0, 1\), got 1.5"),
+        (dict(softcap=-1.0), "softcap must be positive"),
+        (dict(kdim=0), "kdim must be an int of at least 1"),
+        (dict(vdim=2.5), "vdim must be an int of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fnn.GroupedQueryAttention(32, 4, 2, **keywords)
     module = fnn.GroupedQueryAttention(32, 4, 2)
+    with pytest.raises(ValueError, match="positions are for rope"):
+        module(torch.randn(1, 3, 32), positions=torch.arange(3))
     with pytest.raises(ValueError, match="is_causal=True goes with"):
         module(torch.randn(1, 3, 32), mask=torch.zeros(3, 3), is_causal=True)
     with pytest.raises(ValueError, match="query, key and value"):
@@ -222,9 +232,20 @@ def test_rotary_scalings():
         ({"type": "dynamic"}, "must be one of"),
         ({"type": "linear"}, "wrong: factor"),
         ({"type": "ntk", "factor": 2.0, "alpha": 1}, "wrong: alpha"),
+        ({"type": "linear", "factor": 0.0}, r"scaling\['factor'\] must be positive, got 0.0"),
+        (
+            dict(type="llama3", factor=8.0, low_freq_factor=4.0, high_freq_factor=4.0, original_length=64),
+            "low_freq_factor must be below high_freq_factor",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             fnn.RotaryEmbedding(8, scaling=scaling)
+    with pytest.raises(ValueError, match="dim must be 4 or more"):
+        fnn.RotaryEmbedding(2, scaling={"type": "ntk", "factor": 2.0})
+    with pytest.raises(ValueError, match="base must be positive, got -1"):
+        fnn.RotaryEmbedding(8, base=-1)
+    with pytest.raises(ValueError, match=r"positions must be \[3\] or \[N, 3\].*\[4\]"):
+        fnn.RotaryEmbedding(8)(torch.randn(3, 8), torch.arange(4))
     for dim in (7, 0, 2.0):
         with pytest.raises(ValueError, match="dim must be an even int"):
             fnn.RotaryEmbedding(dim)

@@ -461,3 +461,12 @@ def test_weights_slab_by_slab(kind):
     torch.testing.assert_close(slabs, expected, atol=2e-6, rtol=1e-5)
     with pytest.raises(ValueError, match="rows"):
         weights.rows(0, 151)
+
+
+def test_a_wrong_width_is_named():
+    module = MultiheadAttention(E, H, kdim=6, vdim=5)
+    query, key, value = (torch.randn(3, width) for width in (E, 6, 5))
+    with pytest.raises(AssertionError, match="key dimension of 6, but got 7"):
+        module(query, torch.randn(3, 7), value)
+    with pytest.raises(AssertionError, match="value dimension of 5, but got 4"):
+        module(query, key, torch.randn(3, 4))

@@ -278,6 +278,7 @@ def test_no_nan_whatever_the_padding(kind, dtype):
     if kind == "causal":
         padded[1] = ~padded[1]  # the first rows see no key at all
         mask = torch.ones(10, 10, dtype=torch.bool).triu(1)
+    x.data[padded] = math.nan
     for training in (True, False):
         for packed in (True, False):
             model.enable_nested_tensor = packed

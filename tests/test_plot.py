@@ -84,6 +84,10 @@ def test_bad_input():
         plot.attention(torch.rand(3))
     with pytest.raises(ValueError, match="nothing to draw"):
         plot.attention(torch.rand(0, 3))
+    with pytest.raises(ValueError, match="elements to draw"):
+        plot.encoding(torch.rand(0, 3))
+    with pytest.raises(TypeError, match="mask of fastattn.masks.*got Tensor"):
+        plot.mask(torch.ones(3, 3).bool())
 
 
 def test_without_matplotlib_the_message_says_what_to_install():

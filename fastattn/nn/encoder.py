@@ -203,6 +203,8 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
             x = self._through(plan.pack(src), plan.seen)
             return plan.unpack(x)
         seen = self._seen(src, mask, src_key_padding_mask)
+        # What padding holds must not reach the weights' gradients: there it would be multiplied by 0, and NaN stays.
+        src = self._without_padding(src, src_key_padding_mask)
         return self._without_padding(self._through(src, seen), src_key_padding_mask)
 
     def _without_padding(self, x: Tensor, padding: Tensor | None) -> Tensor:

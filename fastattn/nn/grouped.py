@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import functional
 from ..masks import Causal, Dense, Mask, Prepared
+from ..problem import check_dropout
 from ..weights import AttentionWeights
 from .dropping import dropped
 from .linear import apply
@@ -105,6 +106,12 @@ class GroupedQueryAttention(torch.nn.Module):
             raise ValueError(f"qk_norm must be None, 'rms_norm' or 'layer_norm', got {qk_norm!r}")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else positive("head_dim", head_dim)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                positive(name, width)
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+        check_dropout(dropout, "dropout")
         if rope is not None and rope.dim > self.head_dim:
             raise ValueError(f"rope rotates {rope.dim} elements and head_dim is {self.head_dim}")
         self.dropout, self.scale, self.softcap = dropout, scale, softcap
@@ -170,6 +177,8 @@ class GroupedQueryAttention(torch.nn.Module):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is None and (positions is not None or key_positions is not None):
+            raise ValueError("positions are for rope, and this module has none")
         if self.rope is not None:
             q = self.rope(q, positions)
             k = self.rope(k, positions if own and key_positions is None else key_positions)

@@ -249,6 +249,9 @@ def check_shapes(module, query, key, value, key_padding_mask, attn_mask) -> None
             f"was expecting embedding dimension of {module.embed_dim}, but got {query.shape[-1]}"
         )
     if not module._qkv_same_embed_dim:
+        for name, t, width in (("key", key, module.kdim), ("value", value, module.vdim)):
+            if t.shape[-1] != width:
+                raise AssertionError(f"was expecting {name} dimension of {width}, but got {t.shape[-1]}")
         if key.shape[:-1] != value.shape[:-1]:
             raise AssertionError(
                 f"key's sequence and batch dims {tuple(key.shape[:-1])} do not match value's "

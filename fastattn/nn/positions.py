@@ -122,6 +122,8 @@ class RotaryEmbedding(torch.nn.Module):
         self.dim = check_even("dim", dim)
         if layout not in ("half", "interleaved"):
             raise ValueError(f"layout must be 'half' or 'interleaved', got {layout!r}")
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base!r}")
         self.base, self.layout = base, layout
         self.scaling = None if scaling is None else dict(scaling)
         self.magnitude = 1.0
@@ -141,13 +143,22 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(
                 f"scaling of type {kind!r} needs {', '.join(self._NEEDED[kind])}; wrong: {', '.join(wrong)}"
             )
+        for name in self._NEEDED[kind]:
+            if not s[name] > 0:
+                raise ValueError(f"scaling[{name!r}] must be positive, got {s[name]!r}")
         if kind == "linear":
             return plain / s["factor"]
         if kind == "ntk":
+            if self.dim == 2:
+                raise ValueError(
+                    "scaling of type 'ntk' leaves the only angle of dim=2 as it is; dim must be 4 or more"
+                )
             return inverse_frequencies(self.dim, self.base * s["factor"] ** (self.dim / (self.dim - 2)))
         if kind == "llama3":
             turns = s["original_length"] * plain / (2 * math.pi)
             low, high = s["low_freq_factor"], s["high_freq_factor"]
+            if not low < high:
+                raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low} and {high}")
             keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         else:
             self.magnitude = 0.1 * math.log(s["factor"]) + 1.0
@@ -164,6 +175,11 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(f"x must be [..., S, D] with D of at least {self.dim}, got {list(x.shape)}")
         if positions is None:
             positions = torch.arange(x.shape[-2], device=x.device)
+        elif positions.dim() not in (1, 2) or positions.shape[-1] != x.shape[-2]:
+            raise ValueError(
+                f"positions must be [{x.shape[-2]}] or [N, {x.shape[-2]}] like the rows of x, got "
+                f"{list(positions.shape)}"
+            )
         angles = positions.float().unsqueeze(-1) * self.inverse_frequencies
         if angles.dim() == 3:
             angles = angles.unsqueeze(1)  # [N, 1, S, dim / 2]: the same for all heads
