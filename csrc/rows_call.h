@@ -126,8 +126,8 @@ class Weight {
 inline RowTensor norm_tensor(const Tensor& t, int64_t row_dims, const char* name) {
   int64_t expected = 1;
   for (int64_t d = t.dim() - 1; d >= t.dim() - row_dims; --d) {
-    STD_TORCH_CHECK(t.stride(d) == expected || t.size(d) <= 1, "fastattn: the normalized dimensions of ",
-                    name, " must be contiguous");
+    STD_TORCH_CHECK(t.stride(d) == expected || t.size(d) <= 1 || t.numel() == 0,
+                    "fastattn: the normalized dimensions of ", name, " must be contiguous");
     expected *= t.size(d);
   }
   return row_tensor(t, name);

@@ -280,13 +280,11 @@ def _seed(p: Problem, seed) -> Tensor | None:
 
 
 def _number(x, name: str) -> float:
-    if isinstance(x, (int, float)):
-        return float(x)
-    try:
-        if not isinstance(x, str):
+    if not isinstance(x, str):  # which float reads too
+        try:
             return float(x)
-    except (TypeError, ValueError, RuntimeError):
-        pass
+        except (TypeError, ValueError, RuntimeError):
+            pass
     raise TypeError(f"{name} must be a number or None, got {_kind(x)}")
 
 
@@ -315,6 +313,15 @@ def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {dropout_p!r}")
     return float(dropout_p)
+
+
+def check_softcap(softcap) -> float | None:
+    if softcap is None:
+        return None
+    cap = _number(softcap, "softcap")
+    if not 0 < cap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
+    return cap
 
 
 def check_backend(backend: str | None) -> str | None:
@@ -361,10 +368,7 @@ def attention_problem(
     p = Problem(q4, k4, v4, lead, is_causal=is_causal, dropout_p=dropout_p, backend=backend, notes=notes)
     p.return_lse, p.return_weights = return_lse, return_weights
     p.scale = _number(scale, "scale") if scale is not None else (D**-0.5 if D else 1.0)
-    if softcap is not None:
-        p.softcap = _number(softcap, "softcap")
-        if not 0 < p.softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
+    p.softcap = check_softcap(softcap)
     if isinstance(mask, Tensor):
         _check_score_dtype(mask, mask_name, p, boolean=True)
         p.mask = _canonical_score_tensor(mask, mask_name, p)

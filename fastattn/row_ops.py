@@ -67,7 +67,7 @@ def _fake_norm_bwd(dy, dsum, h, stats, row_dims, weight, bias_dtype, weight_offs
 
 def rows_contiguous(t: Tensor, row_dims: int) -> bool:
     """Whether the last dimensions are, together, one run of elements."""
-    if t.is_contiguous() and t.numel():  # without elements any strides are
+    if t.is_contiguous():
         return True
     expected = 1
     for size, stride in zip(reversed(t.shape[-row_dims:]), reversed(t.stride()[-row_dims:])):
@@ -78,9 +78,7 @@ def rows_contiguous(t: Tensor, row_dims: int) -> bool:
 
 
 def as_rows(t: Tensor, row_dims: int) -> Tensor:
-    if rows_contiguous(t, row_dims):
-        return t
-    return t.contiguous() if t.numel() else t.new_empty(t.shape)
+    return t if rows_contiguous(t, row_dims) else t.contiguous()
 
 
 def _softmax_setup(ctx, inputs, output):

@@ -182,25 +182,21 @@ struct TaskRows {
 template <class T>
 void ask_for_keys(const AttentionArgs& a, int64_t b, int64_t kv_head, int64_t key, Prefetch::Use keys,
                   Prefetch* prefetch) {
-  const int64_t size = sizeof(T), count = a.Sk - key < kGranule ? a.Sk - key : kGranule;
-  const T* k = (const T*)a.k.data + b * a.k.batch + kv_head * a.k.head + key * a.k.row;
-  const T* v = (const T*)a.v.data + b * a.v.batch + kv_head * a.v.head + key * a.v.row;
-  prefetch->ask(keys, k, a.D * size, count, a.k.row * size);
-  prefetch->ask(Prefetch::Use(keys + 1), v, a.Dv * size, count, a.v.row * size);
+  const int64_t count = a.Sk - key < kGranule ? a.Sk - key : kGranule;
+  prefetch->ask(keys, a.k, sizeof(T), b, kv_head, key, count, a.D);
+  prefetch->ask(Prefetch::Use(keys + 1), a.v, sizeof(T), b, kv_head, key, count, a.Dv);
 }
 
 // Before a task: asks for the rows of its result, and for what the task after it reads first, but not for
 // keys of the same head that `has` says the thread has read.
 template <class T, class Has>
 void look_past(const AttentionArgs& a, int64_t task, const TaskRows& t, const Has& has, Prefetch* prefetch) {
-  const int64_t size = sizeof(T), out_size = a.out_fp32 ? 4 : size, group = a.Hq / a.Hkv;
-  const int64_t out = t.b * a.out_batch + t.h * a.out_head + t.first * a.out_row;
-  prefetch->ask(Prefetch::kOut, (char*)a.out + out * out_size, a.Dv * out_size, t.count,
-                a.out_row * out_size);
+  const int64_t group = a.Hq / a.Hkv;
+  prefetch->ask(Prefetch::kOut, {a.out, a.out_batch, a.out_head, a.out_row}, a.out_fp32 ? 4 : sizeof(T), t.b,
+                t.h, t.first, t.count, a.Dv);
   if (task + 1 == a.tasks()) return;
   const TaskRows n(a, task + 1);
-  const T* q = (const T*)a.q.data + n.b * a.q.batch + n.h * a.q.head + n.first * a.q.row;
-  prefetch->ask(Prefetch::kNextQueries, q, a.D * size, n.count, a.q.row * size);
+  prefetch->ask(Prefetch::kNextQueries, a.q, sizeof(T), n.b, n.h, n.first, n.count, a.D);
   const int64_t key = BlockMask::first_key(a, n.b, n.h, n.first);
   if (key >= a.Sk || (n.b == t.b && n.h / group == t.h / group && has(key))) return;
   ask_for_keys<T>(a, n.b, n.h / group, key, Prefetch::kNextKeys, prefetch);

@@ -247,32 +247,28 @@ class AttentionBackward {
   }
   static void clear(float* x, int64_t floats) { memset(x, 0, size_t(floats) * 4); }
 
-  // Asks for what the next head reads, of this task or the one after it.
+  // Asks for what the head after h reads, of this task or the next. A task has the results behind it when its
+  // heads begin (see heads), and its keys in use.
   void ask_for_next(int64_t task, int64_t h) {
-    const int64_t group = a_.Hq / a_.Hkv;
-    if (h % group == group - 1 && ++task == a_.B / a_.batches * a_.Hkv) return;
-    const bool same = h % group < group - 1;
+    const int64_t group = a_.Hq / a_.Hkv, size = sizeof(T);
+    const bool last = h % group == group - 1;
+    if (last && ++task == a_.B / a_.batches * a_.Hkv) return;
     const int64_t b = task / a_.Hkv * a_.batches, kv_head = task % a_.Hkv;
-    const int64_t next = same ? h + 1 : kv_head * group;
-    ask_for(Prefetch::kFarQueries, a_.q, sizeof(T), b, next, a_.Sq, a_.D);
-    ask_for(Prefetch::kFarGradients, a_.dout, sizeof(T), b, next, a_.Sq, a_.Dv);
-    if (same) return;  // has the results behind it, see heads(), and the keys in use
-    const Operand out{a_.out, a_.out_batch, a_.out_head, a_.out_row};
-    ask_for(Prefetch::kFarResults, out, a_.out_fp32 ? 4 : sizeof(T), b, next, a_.Sq, a_.Dv);
-    ask_for(Prefetch::kFarKeys, a_.k, sizeof(T), b, kv_head, a_.Sk, a_.D);
-    ask_for(Prefetch::kFarValues, a_.v, sizeof(T), b, kv_head, a_.Sk, a_.Dv);
+    const int64_t next = last ? kv_head * group : h + 1;
+    Prefetch& prefetch = tile_.prefetch();
+    prefetch.ask(Prefetch::kFarQueries, a_.q, size, b, next, 0, a_.Sq, a_.D);
+    prefetch.ask(Prefetch::kFarGradients, a_.dout, size, b, next, 0, a_.Sq, a_.Dv);
+    if (!last) return;
+    prefetch.ask(Prefetch::kFarResults, {a_.out, a_.out_batch, a_.out_head, a_.out_row},
+                 a_.out_fp32 ? 4 : size, b, next, 0, a_.Sq, a_.Dv);
+    prefetch.ask(Prefetch::kFarKeys, a_.k, size, b, kv_head, 0, a_.Sk, a_.D);
+    prefetch.ask(Prefetch::kFarValues, a_.v, size, b, kv_head, 0, a_.Sk, a_.Dv);
   }
-  // And for where gradients of rows from `first` on will be written.
+  // And for where the gradients of rows will be written.
   void ask_for_rows(Prefetch::Use use, const Gradient& g, int64_t b, int64_t h, int64_t first, int64_t count,
                     int64_t width) {
     const int64_t size = a_.grads_fp32 ? 4 : sizeof(T);
-    const Operand rows{(const char*)g.data + first * g.row * size, g.batch, g.head, g.row};
-    if (g.data) ask_for(use, rows, size, b, h, count, width);
-  }
-  void ask_for(Prefetch::Use use, const Operand& x, int64_t size, int64_t b, int64_t h, int64_t rows,
-               int64_t width) {
-    const char* at = (const char*)x.data + (b * x.batch + h * x.head) * size;
-    tile_.prefetch().ask(use, at, width * size, rows, x.row * size);
+    if (g.data) tile_.prefetch().ask(use, {g.data, g.batch, g.head, g.row}, size, b, h, first, count, width);
   }
 
   // Where one head's share of a K granule goes.

@@ -28,6 +28,13 @@ class Prefetch {
     waiting_ |= 1u << use;
   }
 
+  // Rows [first, first + count) of a head, `width` numbers of `size` bytes each.
+  void ask(Use use, const Operand& x, int64_t size, int64_t b, int64_t h, int64_t first, int64_t count,
+           int64_t width) {
+    const int64_t at = b * x.batch + h * x.head + first * x.row;
+    ask(use, (const char*)x.data + at * size, width * size, count, x.row * size);
+  }
+
   // The next lines; called between register tiles.
   FASTATTN_INLINE void step() {
     if (waiting_) next_lines();

@@ -195,7 +195,6 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
             return through_nested(self, src, mask, src_key_padding_mask, self.layers, self.norm)
         if not self._ours():
             return self._plainly(src, mask, src_key_padding_mask, bool(is_causal))
-        check_shapes(self.layers[0].self_attn, src, src, src, src_key_padding_mask, mask)
         if is_causal:
             mask = causal(mask, trusted=src_key_padding_mask is None)
         plan = self._plan(src, mask, src_key_padding_mask)
@@ -203,8 +202,9 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
             x = self._through(plan.pack(src), plan.seen)
             return plan.unpack(x)
         seen = self._seen(src, mask, src_key_padding_mask)
-        # What padding holds must not reach the weights' gradients: there it would be multiplied by 0, and NaN stays.
-        src = self._without_padding(src, src_key_padding_mask)
+        if torch.is_grad_enabled():
+            # What padding holds would meet gradients of 0 in those of the weights, where NaN stays.
+            src = self._without_padding(src, src_key_padding_mask)
         return self._without_padding(self._through(src, seen), src_key_padding_mask)
 
     def _without_padding(self, x: Tensor, padding: Tensor | None) -> Tensor:
@@ -242,6 +242,7 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
             return "a layer is none of fastattn.nn; TransformerEncoder.from_torch converts torch's"
         if not self._ours():
             return "the layers differ in nhead or batch_first"
+        check_shapes(self.layers[0].self_attn, src, src, src, padding, mask)
         if padding is None:
             return "there is no src_key_padding_mask"
         if src.dim() != 3 or padding.dim() != 2:

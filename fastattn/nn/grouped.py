@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import functional
 from ..masks import Causal, Dense, Mask, Prepared
-from ..problem import check_dropout
+from ..problem import check_dropout, check_softcap
 from ..weights import AttentionWeights
 from .dropping import dropped
 from .linear import apply
@@ -109,8 +109,7 @@ class GroupedQueryAttention(torch.nn.Module):
         for name, width in (("kdim", kdim), ("vdim", vdim)):
             if width is not None:
                 positive(name, width)
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap!r}")
+        check_softcap(softcap)
         check_dropout(dropout, "dropout")
         if rope is not None and rope.dim > self.head_dim:
             raise ValueError(f"rope rotates {rope.dim} elements and head_dim is {self.head_dim}")
