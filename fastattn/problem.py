@@ -23,6 +23,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def layout_of(t: Tensor) -> str:
+    """A tensor that is not strided, in words; nested ones say that they are."""
+    return "a nested tensor" if t.is_nested else f"layout {t.layout}"
+
+
 @dataclass(eq=False)
 class Problem:
     """An attention call in canonical form: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv].
@@ -123,7 +128,7 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.is_nested or t.layout != torch.strided:
             raise TypeError(
-                f"{name} must be a strided tensor, got layout {t.layout}; pack sequences of different lengths "
+                f"{name} must be a strided tensor, got {layout_of(t)}; pack sequences of different lengths "
                 "into one and pass fastattn.masks.Documents"
             )
         if t.dim() < 2:

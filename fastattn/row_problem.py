@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .problem import DTYPES, check_backend, name_of
+from .problem import DTYPES, check_backend, layout_of, name_of
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ def _check_tensor(t, name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.is_nested or t.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got layout {t.layout}")
+        raise TypeError(f"{name} must be a strided tensor, got {layout_of(t)}")
     if t.dtype not in dtypes:
         allowed = ", ".join(name_of(d) for d in dtypes)
         raise TypeError(f"{name} must be one of {allowed}, got {name_of(t.dtype)}")

@@ -229,3 +229,55 @@ def test_fsdp2_on_two_processes():
     results = context.Queue()
     torch.multiprocessing.spawn(_sharded, (_free_port(), results), nprocs=2)
     assert {results.get(timeout=10) for _ in range(2)} == {0, 1}
+
+
+GLOBAL_HOOKS = {
+    "forward": lambda seen: torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.add(module)
+    ),
+    "forward pre": lambda seen: torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, *_: seen.add(module)
+    ),
+    "backward": lambda seen: torch.nn.modules.module.register_module_full_backward_hook(
+        lambda module, *_: seen.add(module)
+    ),
+    "backward pre": lambda seen: torch.nn.modules.module.register_module_full_backward_pre_hook(
+        lambda module, *_: seen.add(module)
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_hooks_on_all_modules_see_every_child(kind, training):
+    """Work that is fused or drawn another way is done by the child where somebody watches."""
+    relu = torch.nn.ReLU()
+    models = [
+        (fnn.TransformerEncoderLayer(E, H, 40, 0.2, relu, batch_first=True), 1),
+        (fnn.TransformerDecoderLayer(E, H, 40, 0.2, relu, batch_first=True, norm_first=True), 2),
+        (fnn.AddNorm(E, dropout=0.2), 2),
+        (fnn.FeedForward(E, 40, dropout=0.2), 1),
+    ]
+    for model, inputs in models:
+        x = torch.randn(2, 7, E, requires_grad=True)
+        seen = set()
+        handle = GLOBAL_HOOKS[kind](seen)
+        try:
+            y = model.train(training)(*[x] * inputs)
+            y.sum().backward()
+        finally:
+            handle.remove()
+        assert not [name for name, module in model.named_modules() if module not in seen]
+        del y
+
+
+def test_a_hook_on_an_activation_is_called():
+    layer = fnn.TransformerEncoderLayer(E, H, 40, 0.0, torch.nn.GELU(), batch_first=True).eval()
+    x = torch.randn(2, 40, E)
+    seen = []
+    expected = layer(x)
+    layer.activation.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode:
+            torch.testing.assert_close(layer(x), expected)
+    assert seen == [(2, 40, 40)] * 2

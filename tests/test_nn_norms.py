@@ -158,3 +158,19 @@ def test_dropout_of_others_is_theirs():
         torch.manual_seed(0)
         assert torch.equal(y, torch.nn.Dropout(p)(x))
     assert dropped(torch.nn.Identity(), x) is x
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("cls", [fnn.LayerNorm, fnn.RMSNorm])
+def test_nested(cls, layout):
+    module = cls(24)
+    torch.nn.init.normal_(module.weight)
+    parts = [torch.randn(n, 24, requires_grad=True) for n in (3, 5, 1)]
+    y = module(torch.nested.as_nested_tensor(parts, layout=layout))
+    assert y.is_nested and y.layout == layout
+    expected = [module(part) for part in parts]
+    for a, e in zip(y.unbind(), expected):
+        torch.testing.assert_close(a, e)
+    grads = torch.autograd.grad(sum(t.square().sum() for t in y.unbind()), parts)
+    for a, e in zip(grads, torch.autograd.grad(sum(t.square().sum() for t in expected), parts)):
+        torch.testing.assert_close(a, e)

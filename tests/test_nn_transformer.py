@@ -480,3 +480,44 @@ def test_plan_of_any_padding():
         expected = (item[:, None] == item) & (place <= place[:, None])
         assert torch.equal(seen, expected.expand(2, -1, -1))
     assert encoder.sequence_sizes(torch.zeros(5, 3, 2), False) == (3, 5)
+
+
+def test_nested_over_layers_that_do_not_share_their_masks():
+    """torch's layers take a nested tensor where they take one with torch's encoder, ours of any nhead always."""
+    layer = dict(d_model=E, dim_feedforward=40, dropout=0.0, batch_first=True)
+    parts = [torch.randn(n, E) for n in (3, 7, 1)]
+    x = torch.nested.as_nested_tensor(parts)
+    theirs = torch.nn.TransformerEncoderLayer(nhead=H, **layer)
+    different = [fnn.TransformerEncoderLayer(nhead=heads, **layer) for heads in (H, 2 * H)]
+    for layers in ([theirs], different, []):
+        model = with_layers(layers or [theirs]).eval()
+        if not layers:
+            model.layers = torch.nn.ModuleList()
+        with torch.no_grad():
+            for y, part in zip(model(x).unbind(), parts):
+                torch.testing.assert_close(y, model(part.unsqueeze(0)).squeeze(0), atol=1e-5, rtol=1e-4)
+    with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
+        with_layers([theirs]).train()(x)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_decoders_refuse_nested_tensors_by_name(layout):
+    """torch's refuse them too, as AssertionError."""
+    nested = torch.nested.as_nested_tensor([torch.randn(n, E) for n in (3, 7)], layout=layout)
+    dense = torch.randn(2, 7, E)
+    for namespace in (torch.nn, fnn):
+        layer = namespace.TransformerDecoderLayer(E, H, 40, batch_first=True)
+        for module in (layer, namespace.TransformerDecoder(layer, 1)):
+            for tgt, memory, name in ((nested, nested, "tgt"), (dense, nested, "memory")):
+                match = f"takes no nested tensors, got a nested {name}" if namespace is fnn else None
+                with pytest.raises(AssertionError, match=match):
+                    module(tgt, memory)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_explain_of_nested_tensors(layout):
+    model = small_encoder(dropout=0.0)
+    x = torch.nested.as_nested_tensor([torch.randn(n, E) for n in (3, 7)], layout=layout)
+    explanation = model.explain(x)
+    assert explanation.packed and "nested" in explanation.reason and explanation.attention.kernel == "cpu"
+    assert "Sq=10" in str(explanation) and "a range of keys a row" in explanation.attention.mask

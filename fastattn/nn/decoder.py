@@ -40,6 +40,7 @@ class TransformerDecoderLayer(FromTorch, torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        _refuse_nested(self, tgt, memory)
         check_kinds(("tgt_key_padding_mask", "tgt_mask"), tgt_key_padding_mask, tgt_mask)
         check_kinds(("memory_key_padding_mask", "memory_mask"), memory_key_padding_mask, memory_mask)
         attend_self = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
@@ -89,6 +90,15 @@ class TransformerDecoderLayer(FromTorch, torch.nn.TransformerDecoderLayer):
         return feed_forward(self, x, self.dropout3)
 
 
+def _refuse_nested(module: torch.nn.Module, tgt: Tensor, memory: Tensor) -> None:
+    for name, x in (("tgt", tgt), ("memory", memory)):
+        if x.is_nested:
+            raise AssertionError(
+                f"{type(module).__name__} takes no nested tensors, got a nested {name}; pad it and pass "
+                f"{name}_key_padding_mask"
+            )
+
+
 def _is_ours(layer: torch.nn.Module) -> bool:
     return type(layer).forward is TransformerDecoderLayer.forward and all(
         type(attention).forward is MultiheadAttention.forward
@@ -121,6 +131,7 @@ class TransformerDecoder(FromTorch, torch.nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        _refuse_nested(self, tgt, memory)
         check_kinds(("tgt_key_padding_mask", "tgt_mask"), tgt_key_padding_mask, tgt_mask)
         check_kinds(("memory_key_padding_mask", "memory_mask"), memory_key_padding_mask, memory_mask)
         masks = {

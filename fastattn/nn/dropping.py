@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .watching import watched
+
 # 16 bits hold a probability to 2^-17; below this that would be no longer a small part of it.
 _LEAST = 1e-2
 
@@ -18,16 +20,10 @@ def dropped(module: torch.nn.Module, x: Tensor) -> Tensor:
     if type(module) is not torch.nn.Dropout:
         return module(x)
     if not module.training or module.p == 0.0:
-        return x if not _watched(module) else module(x)
-    if _watched(module) or module.inplace or not _LEAST <= module.p < 1.0 or not _serves(x):
+        return x if not watched(module) else module(x)
+    if watched(module) or module.inplace or not _LEAST <= module.p < 1.0 or not _serves(x):
         return module(x)
     return x * keep_factors(x, module.p)
-
-
-def _watched(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or (
-        bool(module._backward_pre_hooks) or "forward" in module.__dict__
-    )
 
 
 def _serves(x: Tensor) -> bool:

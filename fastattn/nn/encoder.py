@@ -19,12 +19,15 @@ from .masking import Maskish, Visibility, causal, check_kinds, combine
 from .multihead import MultiheadAttention, check_shapes
 from .norms import add_then_norm
 from .sharing import FromTorch, converted
+from .watching import watched
 
 MaskArgument = Tensor | Mask | Prepared | None
 
 
 def sublayer_names(activation) -> str | None:
     """The activation by the name `linear` fuses, or None."""
+    if isinstance(activation, torch.nn.Module) and watched(activation):
+        return None
     if activation is F.relu or type(activation) is torch.nn.ReLU:
         return "relu"
     exact_gelu = type(activation) is torch.nn.GELU and activation.approximate == "none"
@@ -191,9 +194,10 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         check_kinds(("src_key_padding_mask", "mask"), src_key_padding_mask, mask)
-        if src.is_nested:
+        ours = self._ours()
+        if src.is_nested and ours:
             return through_nested(self, src, mask, src_key_padding_mask, self.layers, self.norm)
-        if not self._ours():
+        if not ours:
             return self._plainly(src, mask, src_key_padding_mask, bool(is_causal))
         if is_causal:
             mask = causal(mask, trusted=src_key_padding_mask is None)
@@ -281,6 +285,9 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
         """Whether a call packs and which kernel its attention runs; computes one projection, no layer."""
         if is_causal:
             mask = causal(mask, trusted=src_key_padding_mask is None)
+        if src.is_nested and self._ours():
+            explanation = self.layers[0].self_attn.explain(src, src, src, src_key_padding_mask, mask)
+            return EncoderExplanation(True, "src is nested: there is no padding", explanation)
         plan = self._plan(src, mask, src_key_padding_mask)
         if not self._ours():
             return EncoderExplanation(False, plan, None)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .watching import watched
+
 _onednn = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
@@ -49,15 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
 
 
 def is_plain(module: torch.nn.Module) -> bool:
-    """Whether a Linear is torch's own, without hooks: nobody sees whether its forward was called."""
-    return (
-        type(module).forward is torch.nn.Linear.forward
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-    )
+    """Whether a Linear is torch's own, and nobody sees whether its forward was called."""
+    return type(module).forward is torch.nn.Linear.forward and not watched(module)
 
 
 def apply(module: torch.nn.Module, x: Tensor, activation: str = "none") -> Tensor:

@@ -92,7 +92,12 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
 
         Computes the projections, no attention. Raises what forward raises.
         """
-        q, k, v, seen = self._operands(query, key, value, key_padding_mask, attn_mask, is_causal, is_causal)
+        if query.is_nested or key.is_nested or value.is_nested:
+            _, q, k, v, seen = self._nested_operands(query, key, value, key_padding_mask, attn_mask)
+        else:
+            q, k, v, seen = self._operands(
+                query, key, value, key_padding_mask, attn_mask, is_causal, is_causal
+            )
         return functional.explain(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, **seen.arguments()
         )
@@ -184,15 +189,13 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
             out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
         return apply(self.out_proj, out.flatten(-2))
 
-    def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask):
-        """Nested tensors: the sequences one after the other, each seeing its own keys."""
+    def _nested_operands(self, query, key, value, key_padding_mask, attn_mask):
+        """Nested tensors: the sequences one after the other, each seeing its own keys. Query's sequences and operands."""
         if key_padding_mask is not None or attn_mask is not None:
             raise AssertionError(
                 "MultiheadAttention takes no key_padding_mask and no attn_mask with nested tensors: their lengths say "
                 "what is padding"
             )
-        if need_weights:
-            raise AssertionError("MultiheadAttention has need_weights=True with nested tensors; pass False")
         if self.bias_k is not None or self.add_zero_attn:
             raise AssertionError("add_bias_kv and add_zero_attn do not go with nested tensors")
         if not (query.is_nested and key.is_nested and value.is_nested):
@@ -210,7 +213,12 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
             t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1).unsqueeze(0)
             for t in self._project(rows.values, keys.values, values.values)
         )
-        seen = Visibility(packing.documents(rows.lengths, keys.lengths))
+        return rows, q, k, v, Visibility(packing.documents(rows.lengths, keys.lengths))
+
+    def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask):
+        if need_weights:
+            raise AssertionError("MultiheadAttention has need_weights=True with nested tensors; pass False")
+        rows, q, k, v, seen = self._nested_operands(query, key, value, key_padding_mask, attn_mask)
         out = attend(q, k, v, seen, self.dropout if self.training else 0.0)
         return rows.nested(apply(self.out_proj, out.squeeze(0).transpose(0, 1).flatten(-2))), None
 

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from .. import rows
 from .dropping import dropped
+from .packing import through_values
 from .sharing import FromTorch
+from .watching import watched
 
 
 class LayerNorm(FromTorch, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on `fastattn.layer_norm`: same arguments, parameters, state_dict and result.
 
-    Input [*, *normalized_shape] in float32, bfloat16, float16 or float64; weight and bias may have a dtype of their
-    own. Output has the input's shape and dtype. Statistics are float32 of centred values, so a large mean or values
+    Input [*, *normalized_shape] in float32, bfloat16, float16 or float64, or a nested tensor of such sequences; weight
+    and bias may have a dtype of their own. Output has the input's shape and dtype. Statistics are float32 of centred values, so a large mean or values
     whose squares overflow do no harm where torch's own module fails (see docs/modules.md).
 
     Raises:
@@ -24,6 +26,8 @@ class LayerNorm(FromTorch, torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return through_values(self, input)
         return rows.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -34,6 +38,8 @@ class RMSNorm(FromTorch, torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return through_values(self, x)
         return rows.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
@@ -50,21 +56,11 @@ class Softmax(FromTorch, torch.nn.Softmax):
         return rows.softmax(input, dim)
 
 
-def _hooked(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def add_then_norm(norm: torch.nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(s), s) of s = x + residual: in one pass where `norm` is one of ours without hooks, else in two steps."""
+    """(norm(s), s) of s = x + residual: in one pass where `norm` is one of ours that nobody watches, else in two steps."""
     forward = type(norm).forward
     ours = forward in (LayerNorm.forward, RMSNorm.forward)
-    if not ours or _hooked(norm) or x.dtype != residual.dtype or x.shape != residual.shape:
+    if not ours or watched(norm) or x.dtype != residual.dtype or x.shape != residual.shape:
         total = x + residual
         return norm(total), total
     if forward is LayerNorm.forward:

@@ -37,6 +37,12 @@ def from_nested(t: Tensor) -> Sequences:
     return Sequences(torch.cat(parts), [part.shape[0] for part in parts], t.layout)
 
 
+def through_values(module: torch.nn.Module, t: Tensor) -> Tensor:
+    """What a norm, which treats tokens alike, makes of a nested tensor: of all its tokens at once."""
+    sequences = from_nested(t)
+    return sequences.nested(module.forward(sequences.values))
+
+
 def documents(lengths: list[int], key_lengths: list[int] | None = None) -> Documents:
     bounds = [list(itertools.accumulate(ns, initial=0)) for ns in (lengths, key_lengths) if ns is not None]
     return Documents(*bounds)
