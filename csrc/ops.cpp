@@ -33,9 +33,13 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def("mask_keys(Tensor mask) -> (Tensor lo, Tensor hi, Tensor flags)");
   m.def(
-      "mask_build(int[] program, Tensor[] tensors, int B, int H, int Sq, int Sk) -> (Tensor offsets, Tensor "
+      "mask_build(SymInt[] program, Tensor[] tensors, SymInt B, SymInt H, SymInt Sq, SymInt Sk) -> (Tensor "
+      "offsets, Tensor "
       "blocks, Tensor tiles, Tensor flags)");
-  m.def("mask_transpose(Tensor offsets, Tensor blocks, int n_k) -> (Tensor offsets_t, Tensor blocks_t)");
+  m.def("mask_transpose(Tensor offsets, Tensor blocks, SymInt n_k) -> (Tensor offsets_t, Tensor blocks_t)");
+  m.def(
+      "mask_rows(Tensor offsets, Tensor blocks, Tensor tiles, SymInt first, SymInt last, SymInt Sk) -> "
+      "Tensor");
   // The CPU kernel of a call: "attention" or "decode". storage: 0 float32, 1 bfloat16, 2 float16.
   m.def("attention_route(int Sq, int group, int D, int Dv, int storage) -> str");
   fastattn::define_rows(m);

@@ -220,6 +220,25 @@ std::tuple<Tensor, Tensor, Tensor> mask_keys(const Tensor& mask) {
   return {lo, hi, flags_tensor(flags)};
 }
 
+// The words of a contiguous bool tensor [B, H, Sk], plane after plane.
+std::vector<uint64_t> key_words(const Tensor& keys) {
+  const MaskScan scan = kernels().mask_scan;
+  const int64_t planes = keys.size(0) * keys.size(1), n_k = granules_of(keys.size(2));
+  MaskScanArgs a{};
+  a.Sq = 1, a.Sk = keys.size(2), a.row = a.Sk, a.key = 1, a.bytes = 1;
+  std::vector<uint64_t> words(planes * n_k);
+  ScannedWords seen;
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    a.data = static_cast<const char*>(keys.const_data_ptr()) + plane * a.Sk;
+    for (int64_t k = 0; k < n_k; k += kScanGranules) {
+      const int64_t count = std::min<int64_t>(kScanGranules, n_k - k);
+      scan(a, 0, 1, k * kSide, count, &seen);
+      std::copy_n(seen.word[0], count, &words[plane * n_k + k]);
+    }
+  }
+  return words;
+}
+
 // Reads a tree in postfix order; the numbers are written by fastattn/masks/native.py.
 class TreeReader {
  public:
@@ -311,8 +330,10 @@ class TreeReader {
         return std::make_unique<RangeNode>(s, lo, hi);
       }
       case kKeySet: {
-        const Tensor& words = tensor(next(), ScalarType::Long, {n_k});
-        return std::make_unique<KeySetNode>(s, planes<uint64_t>(words));
+        const Tensor& keys = tensor(next(), ScalarType::Bool, {s.Sk});
+        const Planes<uint8_t> plane = planes<uint8_t>(keys);
+        return std::make_unique<KeySetNode>(s, key_words(keys), plane.batch / s.Sk * n_k,
+                                            plane.head / s.Sk * n_k);
       }
       case kModular: {
         const int64_t stride = next();
@@ -398,6 +419,43 @@ std::tuple<Tensor, Tensor> mask_transpose(const Tensor& offsets, const Tensor& b
   return {offsets_t, blocks_t};
 }
 
+// What rows first..last - 1 see: bool [B, H, last - first, Sk].
+Tensor mask_rows(const Tensor& offsets, const Tensor& blocks, const Tensor& tiles, int64_t first,
+                 int64_t last, int64_t Sk) {
+  check_dtype(offsets, ScalarType::Int, "block_offsets", "int32");
+  check_dtype(blocks, ScalarType::Int, "block_list", "int32");
+  check_dtype(tiles, ScalarType::Long, "bit_tiles", "int64");
+  STD_TORCH_CHECK(offsets.dim() == 3 && offsets.is_contiguous() && blocks.dim() == 2 && blocks.size(1) == 2 &&
+                      blocks.is_contiguous() && tiles.dim() == 2 && tiles.size(1) == kSide &&
+                      tiles.is_contiguous(),
+                  "fastattn: block_offsets must be [B, H, n_q + 1], block_list [N, 2] and bit_tiles [T, 64], "
+                  "contiguous");
+  const int64_t B = offsets.size(0), H = offsets.size(1), n_q = offsets.size(2) - 1;
+  STD_TORCH_CHECK(0 <= first && first <= last && last <= n_q * kSide, "fastattn: mask_rows has no rows ",
+                  first, "..", last);
+  Tensor seen = new_ints({B, H, last - first, Sk}, ScalarType::Bool);
+  uint8_t* to = static_cast<uint8_t*>(seen.mutable_data_ptr());
+  std::fill_n(to, B * H * (last - first) * Sk, uint8_t(0));
+  const int32_t* offset = static_cast<const int32_t*>(offsets.const_data_ptr());
+  const int32_t* block = static_cast<const int32_t*>(blocks.const_data_ptr());
+  const uint64_t* tile = static_cast<const uint64_t*>(tiles.const_data_ptr());
+  const int64_t q0 = first / kSide, granule_rows = granules_of(last) - q0;
+  run_tasks(last == first ? 0 : B * H * granule_rows, 0, [&](int64_t i, void*) {
+    const int64_t plane = i / granule_rows, q = q0 + i % granule_rows;
+    const int32_t* bounds = offset + plane * (n_q + 1) + q;
+    for (int64_t row = std::max(first, q * kSide); row < std::min(last, (q + 1) * kSide); ++row) {
+      uint8_t* keys = to + (plane * (last - first) + row - first) * Sk;
+      for (int64_t n = bounds[0]; n < bounds[1]; ++n) {
+        const int64_t k = block[2 * n], code = block[2 * n + 1];
+        const uint64_t word = code < 0 ? kAllKeys : tile[code * kSide + row - q * kSide];
+        const int64_t end = std::min<int64_t>(kSide, Sk - k * kSide);
+        for (int64_t c = 0; c < end; ++c) keys[k * kSide + c] = word >> c & 1;
+      }
+    }
+  });
+  return seen;
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -405,6 +463,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("mask_scan", TORCH_BOX(&fastattn::mask_scan));
   m.impl("mask_keys", TORCH_BOX(&fastattn::mask_keys));
   m.impl("mask_transpose", TORCH_BOX(&fastattn::mask_transpose));
+  m.impl("mask_rows", TORCH_BOX(&fastattn::mask_rows));
 }
 
 // A tree may have no tensor to dispatch by.

@@ -8,7 +8,8 @@ namespace fastattn {
 template <class Library>
 void define_attention(Library& m) {
   m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, int? band_lo, int? band_hi, Tensor? lo, "
+      "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, SymInt? band_lo, SymInt? band_hi, Tensor? "
+      "lo, "
       "Tensor? hi, "
       "Tensor? block_offsets, Tensor? block_list, Tensor? bit_tiles, Tensor? bias, Tensor? alibi_slopes, "
       "float softcap, float dropout_p, Tensor? dropout_seed, Tensor? q_pos, Tensor? k_pos, Tensor? "
@@ -18,7 +19,7 @@ void define_attention(Library& m) {
   m.def(
       "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float "
       "scale, "
-      "int? band_lo, int? band_hi, Tensor? lo, Tensor? hi, Tensor? block_offsets, Tensor? block_list, "
+      "SymInt? band_lo, SymInt? band_hi, Tensor? lo, Tensor? hi, Tensor? block_offsets, Tensor? block_list, "
       "Tensor? block_offsets_t, Tensor? block_list_t, Tensor? bit_tiles, Tensor? bias, Tensor? alibi_slopes, "
       "float softcap, float dropout_p, Tensor? dropout_seed, Tensor? q_pos, Tensor? k_pos, Tensor? "
       "block_table, "

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .functional import _lower, _total_bias
 from .masks.lower import Lowered
-from .masks.scan import rows_of, unbroadcast
-from .masks.words import GRANULE, granules, unpack_bits
+from .masks.scan import unbroadcast
+from .masks.words import GRANULE
 from .problem import attention_problem
 from .reference import dropout_keep
 from .rows import softmax
@@ -40,29 +40,13 @@ def visible_rows(m: Lowered, start: int, stop: int) -> Tensor | None:
         bound = (bound[:, :, start:stop] if bound.shape[2] > 1 else bound).unsqueeze(3)
         parts.append(j >= bound if low else j < bound)
     if m.has_bits:
-        parts.append(_bits_of_rows(m, start, stop))
+        parts.append(m.bit_rows(start, stop))
     if not parts:
         return None
     seen = parts[0]
     for part in parts[1:]:
         seen = seen & part
     return seen
-
-
-def _bits_of_rows(m: Lowered, start: int, stop: int) -> Tensor:
-    Bm, Hm = m.block_offsets.shape[:2]
-    n_q, n_k = granules(m.Sq), granules(m.Sk)
-    first, last = start // GRANULE, granules(stop)
-    plane_and_row = rows_of(m.bits())
-    plane, row = plane_and_row // n_q, plane_and_row % n_q
-    chosen = (row >= first) & (row < last)
-    full = m.bit_tiles.new_full((1, GRANULE), -1)
-    blocks = m.block_list[chosen].long()
-    tiles = unpack_bits(torch.cat([m.bit_tiles, full])[blocks[:, 1]])
-    grid = tiles.new_zeros(Bm * Hm, last - first, n_k, GRANULE, GRANULE)
-    grid[plane[chosen], row[chosen] - first, blocks[:, 0]] = tiles
-    grid = grid.transpose(2, 3).reshape(Bm, Hm, (last - first) * GRANULE, n_k * GRANULE)
-    return grid[:, :, start - first * GRANULE : stop - first * GRANULE, : m.Sk]
 
 
 def _part(t: Tensor, items: slice, heads: slice) -> Tensor:

@@ -8,7 +8,19 @@ import torch
 from mask_checks import additive, bools
 
 from fastattn import attention
-from fastattn.masks import BigBird, Causal, Documents, KeyPadding, Not, Predicate, Strided
+from fastattn.masks import (
+    BigBird,
+    Causal,
+    CausalLowerRight,
+    Chunked,
+    Documents,
+    KeyPadding,
+    Longformer,
+    Not,
+    Predicate,
+    SlidingWindow,
+    Strided,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +73,54 @@ def test_opcheck():
     offsets, blocks, *_ = torch.ops.fastattn.mask_scan(mask)
     torch.library.opcheck(torch.ops.fastattn.mask_transpose, (offsets, blocks, 2))
     torch.library.opcheck(torch.ops.fastattn.mask_build, ([5, 3], [], 1, 1, 100, 200))
+    keys = bools(2, 1, 1, 200, share=0.5)[:, :, 0].contiguous()
+    torch.library.opcheck(torch.ops.fastattn.mask_build, ([4, 0], [keys], 2, 1, 100, 200))
+    offsets, blocks, tiles, _ = torch.ops.fastattn.mask_scan(mask)
+    torch.library.opcheck(torch.ops.fastattn.mask_rows, (offsets, blocks, tiles, 5, 120, 70))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 130), (0, 1), (63, 65), (64, 128), (129, 130), (7, 7)])
+def test_rows_of_bits(first, last):
+    """Any rows of what was scanned are the rows that were given."""
+    mask = bools(2, 3, 130, 70, share=0.9)
+    offsets, blocks, tiles, _ = torch.ops.fastattn.mask_scan(mask)
+    seen = torch.ops.fastattn.mask_rows(offsets, blocks, tiles, first, last, 70)
+    assert torch.equal(seen, mask[:, :, first:last])
+    with pytest.raises(RuntimeError, match="no rows 0..193"):
+        torch.ops.fastattn.mask_rows(offsets, blocks, tiles, 0, 193, 70)
+
+
+EXPORTED = {
+    "lower right": CausalLowerRight(),
+    "window": SlidingWindow(5, 2, lower_right=True),
+    "union of bands": Causal() | SlidingWindow(5, 9, lower_right=True),
+    "no window": Not(SlidingWindow(5, 2)),
+    "strided": Strided(3),
+    "longformer": Longformer(8, [0]),
+    "chunks": Chunked(16) & Causal(),
+    "lengths": KeyPadding([3, 2]) & Causal(),
+    "predicate": Predicate(lambda b, h, i, j: (i + j) % 3 == 0),
+}
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, q, k):
+        return attention(q, k, k, mask=self.mask)
+
+
+@pytest.mark.parametrize("mask", EXPORTED.values(), ids=EXPORTED)
+def test_export_with_dynamic_sizes(mask):
+    """No size is fixed by the mask: neither the granules nor the bounds that hide nothing in the example."""
+    model, any_size = Attention(mask), torch.export.Dim.DYNAMIC
+    example = torch.randn(2, 2, 40, 8), torch.randn(2, 2, 50, 8)
+    program = torch.export.export(model, example, dynamic_shapes=({2: any_size}, {2: any_size})).module()
+    for rows, keys in ((50, 40), (130, 200), (3, 70), (70, 3)):
+        q, k = torch.randn(2, 2, rows, 8), torch.randn(2, 2, keys, 8)
+        torch.testing.assert_close(program(q, k), model(q, k), atol=1e-5, rtol=1e-4)
 
 
 # Peak memory of building each family at S = 131072, above what the process holds before. The kernel counts pages

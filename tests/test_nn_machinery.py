@@ -103,23 +103,61 @@ def test_compiles_whole_with_inductor(name):
     compiles(name, "inductor")
 
 
-@pytest.mark.parametrize("name", ["attention", "encoder", "norms"])
+class Exported(torch.nn.Module):
+    """A module and the way it is called, as one module."""
+
+    def __init__(self, inner, call):
+        super().__init__()
+        self.inner, self.call = inner.eval(), call
+
+    def forward(self, *inputs):
+        return self.call(self.inner, *inputs)
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_export(name):
     make, call = CALLS[name]
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = make().eval()
-
-        def forward(self, x, padded):
-            return call(self.inner, x, padded)
-
-    model, (x, padded) = Model(), batch()
+    model, (x, padded) = Exported(make(), call), batch()
     program = torch.export.export(model, (x, padded))
     torch.testing.assert_close(program.module()(x, padded), model(x, padded), atol=1e-5, rtol=1e-4)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert name == "norms" or any(target.startswith("fastattn.attention") for target in targets)
+    assert "feed" in name or any(target.startswith("fastattn.") for target in targets)
+
+
+def masked_weights_call(module, x, padded):
+    out, weights = module(x, x, x, key_padding_mask=padded)
+    return torch.cat((out, weights), -1)
+
+
+def masked_causal_call(module, x, padded):
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    return module(x, x, x, key_padding_mask=padded, attn_mask=mask, need_weights=False)[0]
+
+
+def lower_right_call(module, x, padded):
+    return module(x, mask=masks.CausalLowerRight(), src_key_padding_mask=padded)
+
+
+DYNAMIC = {
+    "attention": (CALLS["attention"][0], attention_call),
+    "attention, weights": (CALLS["attention"][0], masked_weights_call),
+    "attention, causal": (CALLS["attention"][0], masked_causal_call),
+    "encoder": (lambda: encoder(dropout=0.0), encoder_call),
+    "encoder, mask": (lambda: encoder(dropout=0.0), lower_right_call),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_export_with_dynamic_sizes_and_padding(name):
+    """One program for every batch and length, granules of the mask included: below, at and beyond 64 keys."""
+    make, call = DYNAMIC[name]
+    model, (x, padded) = Exported(make(), call), batch()
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=4096)}
+    program = torch.export.export(model, (x, padded), dynamic_shapes=((sizes, sizes),)).module()
+    for n, length in ((3, 10), (2, 64), (5, 130), (2, 3)):
+        y, hidden = torch.randn(n, length, E), torch.rand(n, length) > 0.6
+        hidden[:, 0], hidden[1] = False, True
+        torch.testing.assert_close(program(y, hidden), model(y, hidden), atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_of_a_trace_lives_on():

@@ -196,9 +196,11 @@ class RangeNode : public MaskNode {
 // A set of keys for all rows: words int64 [.., .., n_k].
 class KeySetNode : public MaskNode {
  public:
-  KeySetNode(const MaskShape& s, Planes<uint64_t> words) : MaskNode(s), words_(words) {}
+  // words: a plane's granules one after the other, planes as far apart as `batch` and `head` say.
+  KeySetNode(const MaskShape& s, std::vector<uint64_t> words, int64_t batch, int64_t head)
+      : MaskNode(s), words_(std::move(words)), planes_{words_.data(), batch, head} {}
   void begin(const GranuleRow& row) override {
-    word_ = words_.of(row);
+    word_ = planes_.of(row);
     for (int64_t k = 0; k < shape_.n_k(); ++k) {
       const uint64_t complete = first_bits(key_end(k) - k * kSide);
       status_[k] = word_[k] == 0 ? 0 : word_[k] == complete ? 2 : 1;
@@ -211,7 +213,8 @@ class KeySetNode : public MaskNode {
   }
 
  private:
-  Planes<uint64_t> words_;
+  std::vector<uint64_t> words_;
+  Planes<uint64_t> planes_;
   const uint64_t* word_ = nullptr;
 };
 

@@ -12,7 +12,6 @@ AND is the minimum of statuses, OR the maximum, NOT two minus it.
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class Granules(NamedTuple):
         return (self.b if tensor.shape[0] > 1 else zero), (self.h if tensor.shape[1] > 1 else zero)
 
 
-class Kind(enum.IntEnum):
+class Kind:
     """What the numbers of an encoded tree mean; the same order as in csrc/ops_mask.cpp."""
 
     AND = 0
@@ -270,9 +269,12 @@ class RangeLeaf(Leaf):
     def encode(self, put: Callable[[Tensor], int]) -> list[int]:
         numbers = [Kind.RANGE]
         for band, bound in ((self.ranges.band_lo, self.ranges.lo), (self.ranges.band_hi, self.ranges.hi)):
-            tensor = put(bound.contiguous()) if isinstance(bound, Tensor) else -1
-            number = bound if isinstance(bound, int) else None
-            numbers += [band is not None, band or 0, number is not None, number or 0, tensor]
+            tensor, number = -1, bound
+            if isinstance(bound, Tensor):
+                tensor, number = put(bound.contiguous()), None
+            for given in (band, number):
+                numbers += [0, 0] if given is None else [1, given]
+            numbers.append(tensor)
         return numbers
 
 
@@ -282,9 +284,13 @@ class KeySetLeaf(Leaf):
     def __init__(self, keys: Tensor, shape: Shape):
         super().__init__(shape)
         self.planes = (keys.shape[0], keys.shape[1])
-        padded = keys.new_zeros(*keys.shape[:2], self.n_k * GRANULE)
-        padded[:, :, : shape.Sk] = keys
-        self.by_granule = pack_bits(padded)
+        self.keys = keys
+
+    @functools.cached_property
+    def by_granule(self) -> Tensor:
+        padded = self.keys.new_zeros(*self.keys.shape[:2], self.n_k * GRANULE)
+        padded[:, :, : self.shape.Sk] = self.keys
+        return pack_bits(padded)
 
     def window_status(self, window: Window) -> Tensor:
         words = window.of(self.by_granule)
@@ -304,7 +310,7 @@ class KeySetLeaf(Leaf):
         return self.by_granule[b, h, at.k].unsqueeze(1).expand(-1, GRANULE)
 
     def encode(self, put: Callable[[Tensor], int]) -> list[int]:
-        return [Kind.KEY_SET, put(self.by_granule)]
+        return [Kind.KEY_SET, put(self.keys.contiguous())]
 
 
 class ModularLeaf(Leaf):

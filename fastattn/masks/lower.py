@@ -8,6 +8,7 @@ padding stays one plane of bits and B lengths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Union
@@ -19,7 +20,7 @@ from . import native, waits
 from . import ranges as interval
 from .algebra import And, Apart, Mask, Not, Or
 from .bits import Bits, build, count_windows, plane_offsets
-from .leaves import CodeLeaf, Combine, Inverse, Node, RangeLeaf, Window
+from .leaves import CodeLeaf, Combine, Inverse, KeySetLeaf, Node, RangeLeaf, Window
 from .ranges import Ranges, Shape
 from .scan import codes_of, four_dims, rows_of, scan_keys, scan_tensor, unbroadcast, visible
 from .sparse import Dense
@@ -114,15 +115,26 @@ class Lowered:
         if self.hi is not None:
             seen &= j < self.hi.unsqueeze(3)
         if self.has_bits:
-            Bm, Hm = self.block_offsets.shape[:2]
-            n_q, n_k = granules(self.Sq), granules(self.Sk)
-            grid = seen.new_zeros(Bm * Hm * n_q, n_k, GRANULE, GRANULE)
-            full = self.bit_tiles.new_full((1, GRANULE), -1)
-            tiles = unpack_bits(torch.cat([self.bit_tiles, full]))  # a tile index of -1 is the last: full
-            grid[rows_of(self.bits()), self.block_list[:, 0].long()] = tiles[self.block_list[:, 1].long()]
-            grid = grid.view(Bm, Hm, n_q, n_k, GRANULE, GRANULE).transpose(3, 4)
-            seen &= grid.reshape(Bm, Hm, n_q * GRANULE, n_k * GRANULE)[:, :, : self.Sq, : self.Sk]
+            seen &= self.bit_rows(0, self.Sq)
         return seen
+
+    def bit_rows(self, start: int, stop: int) -> Tensor:
+        """What rows start..stop - 1 see by the bits alone: bool [B or 1, Hq or 1, stop - start, Sk]."""
+        if native.serves(self.device):
+            return native.rows(*self.bits(), start, stop, self.Sk)
+        Bm, Hm = self.block_offsets.shape[:2]
+        n_q, n_k = granules(self.Sq), granules(self.Sk)
+        first, last = start // GRANULE, granules(stop)
+        row, blocks = rows_of(self.bits()), self.block_list.long()
+        if (first, last) != (0, n_q):
+            chosen = (row % n_q >= first) & (row % n_q < last)
+            row, blocks = row[chosen], blocks[chosen]
+        grid = blocks.new_zeros(Bm * Hm, last - first, n_k, GRANULE, GRANULE, dtype=torch.bool)
+        full = self.bit_tiles.new_full((1, GRANULE), -1)  # a tile index of -1 is the last: full
+        tiles = unpack_bits(torch.cat([self.bit_tiles, full])[blocks[:, 1]])
+        grid[row // n_q, row % n_q - first, blocks[:, 0]] = tiles
+        grid = grid.transpose(2, 3).reshape(Bm, Hm, (last - first) * GRANULE, n_k * GRANULE)
+        return grid[:, :, start - first * GRANULE : stop - first * GRANULE, : self.Sk]
 
     def granule_counts(self) -> Iterator[tuple[Window, Tensor]]:
         """Yields windows of the granule grid and how many pairs of each granule are visible, int64
@@ -270,6 +282,8 @@ def _lower(mask: Mask | Tensor, shape: Shape) -> Lowered:
 
 
 def _bits_of(rest: list[_Form], ranges: Ranges, shape: Shape) -> Bits | None:
+    if not all(isinstance(size, int) for size in shape[:4]):
+        return _bits_of_any_size(_Form(every=True, parts=tuple(rest)), shape)
     if len(rest) == 1 and type(rest[0].literal) is Dense and not rest[0].hidden:
         seen = unbroadcast(rest[0].literal._full(shape)).to(shape.device)
         if seen.shape[2] > 1:  # the scan's own lists; the kernels drop what the ranges hide
@@ -282,14 +296,23 @@ def _bits_of(rest: list[_Form], ranges: Ranges, shape: Shape) -> Bits | None:
     return build(tree, shape, within if fits and hides else None)
 
 
+def _bits_of_any_size(form: _Form, shape: Shape) -> Bits | None:
+    """Bits while torch.export traces sizes that vary: of the formula, whose tensors have the sizes themselves. Those of
+    most leaves count granules, and torch would ask whether there is more than one."""
+    i, j = (torch.arange(n, device=shape.device) for n in (shape.Sq, shape.Sk))
+    seen = form.dense(i.view(1, 1, -1, 1), j.view(1, 1, 1, -1), shape)
+    if seen.shape[2] == 1:
+        return build(KeySetLeaf(seen[:, :, 0].expand(-1, -1, shape.Sk), shape), shape)
+    return scan_tensor(seen.expand(-1, -1, shape.Sq, shape.Sk), shape).bits
+
+
 def _lowered(ranges: Ranges, bits: Bits | None, shape: Shape, bias: Tensor | None = None) -> Lowered:
     ranges = ranges.trimmed(shape)
     bounds = []
     for bound in (ranges.lo, ranges.hi):
-        if isinstance(bound, int):
-            bound = torch.full(
-                (1, 1, 1), min(max(bound, 0), shape.Sk), dtype=torch.int32, device=shape.device
-            )
+        if bound is not None and not isinstance(bound, Tensor):
+            within = torch.sym_min(torch.sym_max(bound, 0), shape.Sk)
+            bound = torch.full((1, 1, 1), within, dtype=torch.int32, device=shape.device)
         bounds.append(None if bound is None else bound.expand(shape.B, shape.H, shape.Sq))
     offsets, blocks, tiles = bits if bits is not None else (None, None, None)
     bands = ranges.band_lo, ranges.band_hi
@@ -314,6 +337,16 @@ class _Form:
             leaf = self.literal._leaf(shape)
             return Inverse(leaf) if self.hidden else leaf
         return Combine(self.every, [part.node(shape) for part in self.parts])
+
+    def dense(self, i: Tensor, j: Tensor, shape: Shape) -> Tensor:
+        """The formula, as `Mask._dense`."""
+        if self.ranges is not None:
+            return _Interval(self.ranges)._dense(i, j, shape)
+        if self.literal is not None:
+            seen = self.literal._dense(i, j, shape)
+            return ~seen if self.hidden else seen
+        parts = [part.dense(i, j, shape) for part in self.parts]
+        return functools.reduce(torch.logical_and if self.every else torch.logical_or, parts)
 
 
 def _form(mask: Mask, hidden: bool, shape: Shape) -> _Form:
@@ -365,6 +398,10 @@ class _Interval(Mask):
     """Ranges already found, where only their complement is asked for."""
 
     of: Ranges
+
+    def _dense(self, i: Tensor, j: Tensor, shape: Shape) -> Tensor:
+        lo, hi = (bound.unsqueeze(3) for bound in self.of.rows(shape, 0, shape.Sq))
+        return (j >= lo) & (j < hi)
 
     def _leaf(self, shape: Shape) -> Node:
         return RangeLeaf(self.of, shape)

@@ -44,7 +44,7 @@ def build(tree: Node, within: RangeLeaf | None, Sq: int, Sk: int) -> tuple[Tenso
     program = tree.encode(put)
     if within is not None:
         program += [*within.encode(put), Kind.WITHIN]
-    return torch.ops.fastattn.mask_build([int(n) for n in program], tensors, *tree.planes, Sq, Sk)
+    return torch.ops.fastattn.mask_build(program, tensors, *tree.planes, Sq, Sk)
 
 
 def scanner(device: torch.device) -> Callable | None:
@@ -69,6 +69,11 @@ def keys(tensor: Tensor) -> tuple[Tensor, Tensor, int]:
 def transpose(offsets: Tensor, blocks: Tensor, n_k: int) -> tuple[Tensor, Tensor]:
     """The lists from keys to rows."""
     return torch.ops.fastattn.mask_transpose(offsets, blocks, n_k)
+
+
+def rows(offsets: Tensor, blocks: Tensor, tiles: Tensor, first: int, last: int, Sk: int) -> Tensor:
+    """What rows first..last - 1 see by the lists, bool [B, H, last - first, Sk]."""
+    return torch.ops.fastattn.mask_rows(offsets, blocks, tiles, first, last, Sk)
 
 
 def _fake_lists(B: int, H: int, Sq: int, device="cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,3 +108,8 @@ def _(program, tensors, B, H, Sq, Sk):
 @torch.library.register_fake("fastattn::mask_transpose")
 def _(offsets, blocks, n_k):
     return offsets.new_empty(*offsets.shape[:2], n_k + 1), blocks.new_empty(blocks.shape)
+
+
+@torch.library.register_fake("fastattn::mask_rows")
+def _(offsets, blocks, tiles, first, last, Sk):
+    return offsets.new_empty(*offsets.shape[:2], last - first, Sk, dtype=torch.bool)

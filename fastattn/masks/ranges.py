@@ -27,15 +27,27 @@ class Shape(NamedTuple):
     device: torch.device
 
 
+def certain(condition: bool) -> bool:
+    """A condition on sizes; False where torch.export traces sizes of which it may hold or not. Asking there would fix
+    the answer for every call of the program."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def _tighter(a: Bound, b: Bound, low: bool) -> Bound:
     """The tighter of two lower (or upper) bounds."""
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b) if low else min(a, b)
-    if isinstance(a, int):
+    if not isinstance(a, Tensor):
         a, b = b, a
-    if isinstance(b, int):
+    if not isinstance(a, Tensor):  # sizes that are not known while torch.export traces
+        return torch.sym_max(a, b) if low else torch.sym_min(a, b)
+    if not isinstance(b, Tensor):
         return a.clamp(min=b) if low else a.clamp(max=b)
     return torch.maximum(a, b) if low else torch.minimum(a, b)
 
@@ -88,7 +100,7 @@ class Ranges:
             if band is not None:
                 bound = _tighter(i + (band if low else band + 1), bound, low)
             bound = _tighter(bound, 0 if low else shape.Sk, low)
-            if isinstance(bound, int):
+            if not isinstance(bound, Tensor):
                 bound = torch.full((1, 1, 1), bound, dtype=torch.int32, device=shape.device)
             bounds.append(bound.clamp(max=shape.Sk) if low else bound.clamp(min=0))
         return bounds[0], bounds[1]
@@ -104,13 +116,13 @@ class Ranges:
     def trimmed(self, shape: Shape) -> Ranges:
         """The same mask without the scalar bounds that hide nothing at this shape."""
         band_lo, band_hi, lo, hi = self.band_lo, self.band_hi, self.lo, self.hi
-        if band_lo is not None and shape.Sq - 1 + band_lo <= 0:
+        if band_lo is not None and certain(shape.Sq - 1 + band_lo <= 0):
             band_lo = None
-        if band_hi is not None and band_hi >= shape.Sk - 1:
+        if band_hi is not None and certain(band_hi >= shape.Sk - 1):
             band_hi = None
-        if isinstance(lo, int) and lo <= 0:
+        if lo is not None and not isinstance(lo, Tensor) and certain(lo <= 0):
             lo = None
-        if isinstance(hi, int) and hi >= shape.Sk:
+        if hi is not None and not isinstance(hi, Tensor) and certain(hi >= shape.Sk):
             hi = None
         return Ranges(band_lo, band_hi, lo, hi)
 
@@ -152,14 +164,15 @@ def union(a: Ranges, b: Ranges, shape: Shape) -> Ranges | None:
     for one, other in ((a, b), (b, a)):
         if one.band_lo is one.band_hi is one.lo is one.hi is None:
             return EVERYTHING
-        if one.band_hi is not None and one.band_hi <= -shape.Sq:
+        if one.band_hi is not None and certain(one.band_hi <= -shape.Sq):
             return other
     if a.lo is a.hi is b.lo is b.hi is None:
         both = a & b
-        if both.band_lo is not None and both.band_hi is not None and both.band_lo > both.band_hi + 1:
+        bounded = both.band_lo is not None and both.band_hi is not None
+        if bounded and not certain(both.band_lo <= both.band_hi + 1):
             return None  # there is a gap between them
-        lo = None if a.band_lo is None or b.band_lo is None else min(a.band_lo, b.band_lo)
-        hi = None if a.band_hi is None or b.band_hi is None else max(a.band_hi, b.band_hi)
+        lo = None if a.band_lo is None or b.band_lo is None else _tighter(a.band_lo, b.band_lo, False)
+        hi = None if a.band_hi is None or b.band_hi is None else _tighter(a.band_hi, b.band_hi, True)
         return Ranges(lo, hi).trimmed(shape)
     if waits.unreadable(shape.device):  # there are no values to compare
         return None

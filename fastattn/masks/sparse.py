@@ -194,10 +194,7 @@ class BigBird(Mask):
     def _dense(self, i: Tensor, j: Tensor, shape: Shape) -> Tensor:
         a, b = i // self.block, j // self.block
         seen = ((a - b).abs() <= self.window // 2) | (a < self.global_blocks) | (b < self.global_blocks)
-        picks = self.random_blocks(shape)
-        for n in range(picks.shape[3]):
-            seen = seen | (picks[:, :, a.view(-1), n].unsqueeze(3) == b)
-        return seen
+        return seen | Picked(self)._dense(i, j, shape) if self.random else seen
 
     def _expand(self, shape: Shape) -> Mask:
         count = self.global_blocks * self.block
@@ -218,6 +215,13 @@ class Picked(Mask):
     """The random blocks of a BigBird."""
 
     of: BigBird
+
+    def _dense(self, i: Tensor, j: Tensor, shape: Shape) -> Tensor:
+        a, b = i // self.of.block, j // self.of.block
+        seen = torch.zeros_like(a == b)
+        for pick in self.of.random_blocks(shape)[:, :, a.view(-1)].unbind(3):
+            seen = seen | (pick.unsqueeze(3) == b)
+        return seen
 
     def _leaf(self, shape: Shape) -> Node:
         return BlockListLeaf(self.of.random_blocks(shape), self.of.block, shape)

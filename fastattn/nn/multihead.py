@@ -190,7 +190,7 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         return apply(self.out_proj, out.flatten(-2))
 
     def _nested_operands(self, query, key, value, key_padding_mask, attn_mask):
-        """Nested tensors: the sequences one after the other, each seeing its own keys. Query's sequences and operands."""
+        """Query's sequences, and the operands: sequences one after the other, each seeing its own keys."""
         if key_padding_mask is not None or attn_mask is not None:
             raise AssertionError(
                 "MultiheadAttention takes no key_padding_mask and no attn_mask with nested tensors: their lengths say "

@@ -18,8 +18,9 @@ class LayerNorm(FromTorch, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on `fastattn.layer_norm`: same arguments, parameters, state_dict and result.
 
     Input [*, *normalized_shape] in float32, bfloat16, float16 or float64, or a nested tensor of such sequences; weight
-    and bias may have a dtype of their own. Output has the input's shape and dtype. Statistics are float32 of centred values, so a large mean or values
-    whose squares overflow do no harm where torch's own module fails (see docs/modules.md).
+    and bias may have a dtype of their own. Output has the input's shape and dtype. Statistics are float32 of centred
+    values, so a large mean or values whose squares overflow do no harm where torch's own module fails (see
+    docs/modules.md).
 
     Raises:
         What `fastattn.layer_norm` raises: TypeError, ValueError naming the argument.
@@ -57,7 +58,7 @@ class Softmax(FromTorch, torch.nn.Softmax):
 
 
 def add_then_norm(norm: torch.nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(s), s) of s = x + residual: in one pass where `norm` is one of ours that nobody watches, else in two steps."""
+    """(norm(s), s) of s = x + residual: in one pass where `norm` is ours and nobody watches it, else in two."""
     forward = type(norm).forward
     ours = forward in (LayerNorm.forward, RMSNorm.forward)
     if not ours or watched(norm) or x.dtype != residual.dtype or x.shape != residual.shape:

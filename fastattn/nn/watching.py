@@ -8,7 +8,7 @@ _any_global_hook = torch.nn.modules.module._has_any_global_hook
 
 
 def watched(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is seen: by a hook on it or on all modules, or by a forward bound to the instance."""
+    """Whether a call of the module is seen: by a hook on it or on all modules, or a forward bound to the instance."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
