@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .masks import Mask, Prepared
+from .masks import Mask, Prepared, waits
+from .masks.ranges import Shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("cpu", "triton", "cuda", "reference")
@@ -383,11 +384,14 @@ def attention_problem(
         raise TypeError(
             f"{mask_name} must be None, a bool or float tensor or a mask of fastattn.masks, got {_kind(mask)}"
         )
+    if waits.transformed():
+        _mapped_mask_as_bias(p, mask_name)
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias must be a tensor, got {_kind(bias)}")
         _check_score_dtype(bias, "bias", p, boolean=False)
-        p.bias = _canonical_score_tensor(bias, "bias", p)
+        bias = _canonical_score_tensor(bias, "bias", p)
+        p.bias = bias if p.bias is None else p.bias.float() + bias.float()
     if alibi_slopes is not None:
         p.alibi_slopes = _check_term(alibi_slopes, "alibi_slopes", p, ((p.Hq,), (p.B, p.Hq)))
     if sinks is not None:
@@ -397,6 +401,21 @@ def attention_problem(
     if out is not None:
         _check_out(out, p)
     return p
+
+
+def _mapped_mask_as_bias(p: Problem, name: str) -> None:
+    """A mask that vmap maps over: nobody can look at it, so it is added to the scores."""
+    mask = p.mask
+    if isinstance(mask, Mask) and mask._is_mapped():
+        mask = mask._formula(Shape(p.B, p.Hq, p.Sq, p.Sk, p.device))
+    if not isinstance(mask, Tensor) or not waits.mapped(mask):
+        return
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf).to(p.dtype)
+    p.mask, p.bias = None, mask
+    p.notes.append(
+        f"vmap maps over {name}: it is added to the scores, 0 and -inf, and hides nothing from the work"
+    )
 
 
 def _check_out(out, p: Problem) -> None:

@@ -92,7 +92,7 @@ _BATCHED = frozenset(
 )
 
 
-def _fold(t: Tensor, dim: int | None, n: int) -> Tensor:
+def _fold(t: Tensor, dim: int | None, n: int, B: int) -> Tensor:
     """vmap's dimension into the batch: [n * B, ...], or as it is where every batch item has the same."""
     if dim is None:
         if t.shape[0] == 1 or t.stride(0) == 0:
@@ -100,6 +100,8 @@ def _fold(t: Tensor, dim: int | None, n: int) -> Tensor:
         t = t.unsqueeze(0).expand(n, *t.shape)
     else:
         t = t.movedim(dim, 0)
+        if t.shape[1] == 1:  # one for the whole batch, of every item that is mapped over
+            t = t.expand(n, B, *t.shape[2:])
     return t.reshape(n * t.shape[1], *t.shape[2:])
 
 
@@ -115,7 +117,8 @@ def _mapped(op, names: tuple[str, ...], operands: tuple[str, ...], info, in_dims
         ]
         results = tuple(torch.stack(column) for column in zip(*calls))
         return results, (0,) * len(results)
-    folded = dict(given)
+    folded, q = dict(given), given["q"]
+    B = (q if dims["q"] is None else q.movedim(dims["q"], 0)[0]).shape[0]
     for name in _BATCHED & given.keys():
         t = given[name]
         if t is None:
@@ -123,7 +126,7 @@ def _mapped(op, names: tuple[str, ...], operands: tuple[str, ...], info, in_dims
         if name in operands and dims[name] is None:  # the operands always have the whole batch
             folded[name] = t.unsqueeze(0).expand(n, *t.shape).reshape(n * t.shape[0], *t.shape[1:])
         else:
-            folded[name] = _fold(t, dims[name], n)
+            folded[name] = _fold(t, dims[name], n, B)
     results = op(*(folded[m] for m in names))
     unfolded = tuple(
         r.unflatten(0, (n, -1)) if r.dim() > 1 else r.unsqueeze(0).expand(n, *r.shape) for r in results

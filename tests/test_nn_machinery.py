@@ -230,6 +230,27 @@ def test_gradients_of_functional_calls():
         torch.testing.assert_close(grads[name], p.grad, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["attention", "attention, weights", "attention, causal", "encoder"])
+def test_gradients_an_item_with_padding_of_its_own(name):
+    """Gradients by vmap(grad), the mask of each item among what is mapped over."""
+    make, call = DYNAMIC[name]
+    model, (x, padded) = make().eval(), batch()
+    x, padded = torch.stack((x, x.flip(0), x + 1)), torch.stack((padded, padded.flip(0), padded.roll(1, 0)))
+    parameters = dict(model.named_parameters())
+
+    def loss(p, x, padded):
+        def inner(*inputs, **keywords):
+            return torch.func.functional_call(model, p, inputs, keywords)
+
+        return call(inner, x, padded).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, padded)
+    for n in range(3):
+        one = torch.autograd.grad(loss(parameters, x[n], padded[n]), list(parameters.values()))
+        for grad, expected in zip(grads.values(), one):
+            torch.testing.assert_close(grad[n], expected, atol=1e-4, rtol=1e-3)
+
+
 def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -139,3 +139,53 @@ def test_compiled_training(mode):
             torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(f(*leaves), leaves)
         ):
             torch.testing.assert_close(a, b)
+
+
+MAPPED = {
+    "bool": lambda seen: {"mask": seen},
+    "bool, a batch": lambda seen: {"mask": seen[0, 0]},
+    "float": lambda seen: {"mask": torch.where(seen, 0.5, -torch.inf)},
+    "bool and bias": lambda seen: {"mask": seen, "bias": torch.linspace(-1, 1, 9)[None]},
+    "bias, a batch": lambda seen: {"bias": torch.where(seen[0, 0], 0.5, -torch.inf)},
+    "slopes": lambda seen: {"alibi_slopes": seen[0, 0, 0, :2].float()},
+    "padding": lambda seen: {"mask": masks.KeyPadding(seen[:, 0, 0])},
+    "padding and causal": lambda seen: {"mask": masks.KeyPadding(seen[:, 0, 0]) & masks.Causal()},
+    "lengths": lambda seen: {"mask": masks.KeyPadding(seen[:, 0, 0].sum(-1))},
+    "dense": lambda seen: {"mask": masks.Not(masks.Dense(seen))},
+}
+
+
+@pytest.mark.parametrize("case", MAPPED)
+def test_vmap_over_the_mask(case):
+    """Nobody can look at a mask that vmap maps over: forward and gradients are those of the items one by one."""
+    q, k = torch.randn(3, 2, 2, 9, 8), torch.randn(3, 2, 2, 9, 8)
+    seen = torch.rand(3, 2, 1, 9, 9) > 0.5
+    seen[1, 0] = False  # rows that see nothing
+    k[0, 1].masked_fill_(~seen[0, 1, 0, 0, :, None], torch.nan)  # what padding hides may hold anything
+
+    def loss(q, k, seen):
+        out = fastattn.attention(q, k, k, **MAPPED[case](seen))
+        return out.nan_to_num().square().sum(), out
+
+    call = torch.func.grad(loss, argnums=(0, 1), has_aux=True)
+    singles = [call(*item) for item in zip(q, k, seen)]
+    (dq, dk), out = torch.func.vmap(call)(q, k, seen)
+    for n, ((one_dq, one_dk), one) in enumerate(singles):
+        for a, b in ((dq[n], one_dq), (dk[n], one_dk), (out[n], one)):
+            torch.testing.assert_close(a, b, equal_nan=True)
+    if case.startswith("padding"):
+        assert out.isfinite().all() and dk.isfinite().all()
+
+
+def test_explain_says_what_vmap_does_to_a_mask():
+    notes = []
+
+    def call(q, seen):
+        notes.append(fastattn.explain(q, q, q, mask=seen))
+        return fastattn.attention(q, q, q, mask=seen)
+
+    q, seen = torch.randn(3, 1, 2, 9, 8), torch.rand(3, 9, 9) > 0.5
+    torch.func.vmap(call)(q, seen)
+    assert notes[0].kernel == "cpu" and "vmap maps over mask: it is added to the scores" in str(notes[0])
+    torch.func.vmap(call, in_dims=(0, None))(q, seen[0])
+    assert "vmap" not in str(notes[1])

@@ -49,10 +49,25 @@ class Mask:
         Computed from the mask's formula, apart from its lowering: the oracle of the tests.
         """
         shape = Shape(B, H, Sq, Sk, torch.device(device or "cpu"))
+        return self._formula(shape).expand(B, H, Sq, Sk).contiguous()
+
+    def _formula(self, shape: Shape) -> Tensor:
+        """The formula of all rows and keys, bool, broadcastable to [B, H, Sq, Sk]."""
         self._check(shape)
-        i = torch.arange(Sq, device=shape.device).view(1, 1, -1, 1)
-        j = torch.arange(Sk, device=shape.device).view(1, 1, 1, -1)
-        return self._dense(i, j, shape).expand(B, H, Sq, Sk).contiguous()
+        i = torch.arange(shape.Sq, device=shape.device).view(1, 1, -1, 1)
+        j = torch.arange(shape.Sk, device=shape.device).view(1, 1, 1, -1)
+        return self._dense(i, j, shape)
+
+    def _is_mapped(self) -> bool:
+        """Whether torch.func.vmap maps over a tensor of the mask."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        values += [part for value in values if isinstance(value, tuple) for part in value]
+        return any(
+            value._is_mapped()
+            if isinstance(value, Mask)
+            else isinstance(value, Tensor) and waits.mapped(value)
+            for value in values
+        )
 
     def visible_fraction(
         self, Sq: int, Sk: int, granules: bool = False, B: int = 1, H: int = 1, device=None

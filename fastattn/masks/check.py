@@ -7,6 +7,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from . import waits
+
 
 def integer(mask: str, name: str, value: object, least: int, none_allowed: bool = False) -> int | None:
     """An int of at least `least`."""
@@ -41,8 +43,8 @@ def integers(mask: str, name: str, value: object, ranks: tuple[int, ...]) -> Ten
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether values may be looked at: no accelerator is waited for, and torch.compile is not tracing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may be looked at: no accelerator is waited for, torch.compile is not tracing, vmap not mapping."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not waits.mapped(tensor)
 
 
 def least_and_most(tensor: Tensor) -> tuple[int, int]:

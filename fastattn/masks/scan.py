@@ -66,7 +66,7 @@ def visible(tensor: Tensor) -> Tensor:
 
 class Keys(NamedTuple):
     """ranges: what a tensor without rows shows, None where some plane's keys have gaps (or nobody knows: torch.compile
-    traces, or it is a meta tensor). finite: a float tensor holds something other than 0 and -inf."""
+    traces, vmap maps, or it is a meta tensor). finite: a float tensor holds something other than 0 and -inf."""
 
     ranges: Ranges | None
     finite: bool
@@ -79,7 +79,7 @@ def scan_keys(tensor: Tensor) -> Keys:
     """
     if tensor.numel() == 0:
         return Keys(Ranges(), False)
-    if waits.unreadable(tensor.device):
+    if waits.unreadable(tensor.device) or waits.mapped(tensor):
         return Keys(None, tensor.dtype != torch.bool)
     if native.serves(tensor.device):
         lo, hi, flags = native.keys(tensor)

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
+_functorch = torch._C._functorch
 _reasons: ContextVar[list[str] | None] = ContextVar("reasons", default=None)
 
 
@@ -20,6 +22,22 @@ def valueless(device: torch.device) -> bool:
 def unreadable(device: torch.device) -> bool:
     """Whether nobody can look at a mask's values now: torch.compile traces, or the device has none."""
     return torch.compiler.is_compiling() or valueless(device)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work; torch.compile traces what such a transform does by itself."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+
+
+def mapped(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap maps over a tensor: it stands for many then, and has no values to look at."""
+    if torch.compiler.is_compiling():
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def note(device: torch.device, reason: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import Causal, Dense, KeyPadding, Mask, Prepared, lower
+from ..masks import Causal, Dense, KeyPadding, Mask, Prepared, lower, waits
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Visibility:
 
     def prepared(self, q_shape: tuple[int, int, int], Sk: int, device: torch.device) -> Visibility:
         """With the mask lowered once, for q_shape (B, H, Sq) and Sk keys of as many heads."""
-        if self.mask is None or isinstance(self.mask, Prepared):
+        if self.mask is None or isinstance(self.mask, Prepared) or self.mask._is_mapped():
             return self
         B, H, Sq = q_shape
         lowered = lower(self.mask, B, H, H, Sq, Sk, device)
@@ -65,7 +65,7 @@ def split(t: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(what a mask shows, what it adds): a bool one adds nothing, nor does a float one of only 0 and -inf."""
     if t.dtype == torch.bool:
         return ~t, None
-    if not (t.requires_grad or t.is_meta or torch.compiler.is_compiling()):
+    if not (t.requires_grad or t.is_meta or torch.compiler.is_compiling() or waits.mapped(t)):
         shown = t == 0
         if bool((shown | (t == -math.inf)).all()):
             return shown, None
