@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dropping import dropped
 from .encoder import MaskArgument, TransformerEncoder, TransformerEncoderLayer, feed_forward, sequence_sizes
-from .masking import Maskish, Visibility, causal, check_kinds, combine
+from .masking import Maskish, Visibility, causal, check_kinds, combine, without_padded_nan
 from .multihead import MultiheadAttention
 from .norms import LayerNorm, add_then_norm
 from .sharing import FromTorch, converted
@@ -43,6 +43,7 @@ class TransformerDecoderLayer(FromTorch, torch.nn.TransformerDecoderLayer):
         _refuse_nested(self, tgt, memory)
         check_kinds(("tgt_key_padding_mask", "tgt_mask"), tgt_key_padding_mask, tgt_mask)
         check_kinds(("memory_key_padding_mask", "memory_mask"), memory_key_padding_mask, memory_mask)
+        tgt = without_padded_nan(tgt, tgt_key_padding_mask, getattr(self.self_attn, "batch_first", False))
         attend_self = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         attend_memory = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:
@@ -143,6 +144,9 @@ class TransformerDecoder(FromTorch, torch.nn.TransformerDecoder):
             "memory_is_causal": memory_is_causal,
         }
         if len(self.layers) and all(map(_is_ours, self.layers)):
+            batch_first = self.layers[0].self_attn.batch_first
+            tgt = without_padded_nan(tgt, tgt_key_padding_mask, batch_first)
+            memory = without_padded_nan(memory, memory_key_padding_mask, batch_first)
             masks = {
                 "tgt_mask": self._seen(
                     "self_attn", tgt, tgt, tgt_mask, tgt_key_padding_mask, bool(tgt_is_causal)

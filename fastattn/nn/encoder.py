@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,15 @@ from ..masks import Mask, Prepared
 from . import packing
 from .dropping import dropped
 from .linear import apply
-from .masking import Maskish, Visibility, causal, check_kinds, combine
+from .masking import (
+    Maskish,
+    Visibility,
+    causal,
+    check_kinds,
+    combine,
+    without_padded_nan,
+    without_padding,
+)
 from .multihead import MultiheadAttention, check_shapes
 from .norms import add_then_norm
 from .sharing import FromTorch, converted
@@ -81,6 +88,7 @@ class TransformerEncoderLayer(FromTorch, torch.nn.TransformerEncoderLayer):
         check_kinds(("src_key_padding_mask", "src_mask"), src_key_padding_mask, src_mask)
         if src.is_nested:
             return through_nested(self, src, src_mask, src_key_padding_mask, [self])
+        src = without_padded_nan(src, src_key_padding_mask, getattr(self.self_attn, "batch_first", False))
         if self.norm_first:
             attended = self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)
             y, x = add_then_norm(self.norm2, src, attended)
@@ -216,10 +224,7 @@ class TransformerEncoder(FromTorch, torch.nn.TransformerEncoder):
         attention = getattr(self.layers[0], "self_attn", None) if len(self.layers) else None
         if padding is None or attention is None:
             return x
-        padded = padding if padding.dtype == torch.bool else padding == -math.inf
-        if x.dim() == 3 and not getattr(attention, "batch_first", False):
-            padded = padded.transpose(0, 1)
-        return x.masked_fill(padded.unsqueeze(-1), 0.0)
+        return without_padding(x, padding, getattr(attention, "batch_first", False))
 
     def _ours(self) -> bool:
         """Whether every layer takes what is lowered once, and the same."""

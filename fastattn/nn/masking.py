@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..masks import Causal, Dense, KeyPadding, Mask, Prepared, lower, waits
+from ..masks.check import on_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,31 @@ def split(t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if bool((shown | (t == -math.inf)).all()):
             return shown, None
     return None, t
+
+
+def _padded_rows(x: Tensor, padding: Tensor, batch_first: bool) -> Tensor:
+    """Which rows of x [N, S, E], [S, N, E] or [S, E] are padding: True in [N, S] or [S], or -inf."""
+    padded = padding if padding.dtype == torch.bool else padding == -math.inf
+    return padded if batch_first or x.dim() == 2 else padded.transpose(0, 1)
+
+
+def without_padding(x: Tensor, padding: Tensor, batch_first: bool) -> Tensor:
+    """x with padded rows 0."""
+    return x.masked_fill(_padded_rows(x, padding, batch_first).unsqueeze(-1), 0.0)
+
+
+def without_padded_nan(x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
+    """x with 0 in padded rows that hold a NaN or an infinity, where gradients may come: those rows have none, but a
+    weight's gradient multiplies what they hold by 0."""
+    if padding is None or not torch.is_grad_enabled():
+        return x
+    padded = _padded_rows(x, padding, batch_first)
+    if padded.shape != x.shape[:-1]:
+        return x  # whoever combines the masks says so
+    poisoned = padded & ~torch.linalg.vector_norm(x.detach(), math.inf, -1).isfinite()
+    if on_host(poisoned) and not poisoned.any():
+        return x
+    return x.masked_fill(poisoned.unsqueeze(-1), 0.0)
 
 
 def causal(attn_mask: Maskish, *, trusted: bool) -> Maskish:

@@ -11,7 +11,7 @@ from ..masks import Mask, Prepared
 from ..weights import AttentionWeights
 from . import packing
 from .linear import apply, linear
-from .masking import Maskish, Visibility, causal, check_kinds, combine
+from .masking import Maskish, Visibility, causal, check_kinds, combine, without_padded_nan
 from .sharing import FromTorch
 
 
@@ -106,6 +106,7 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         """q [N, H, L, D], k and v [N, H, S + extra, D], and what is visible."""
         check_kinds(("key_padding_mask", "attn_mask"), key_padding_mask, attn_mask)
         check_shapes(self, query, key, value, key_padding_mask, attn_mask)
+        query, key, value = self._without_padded_nan(query, key, value, key_padding_mask)
         if query.dim() == 2 and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         extra = (self.bias_k is not None) + bool(self.add_zero_attn)
@@ -118,6 +119,12 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         if key_padding_mask is None and attn_mask is None:
             return q, k, v, Visibility()
         return q, k, v, combine(key_padding_mask, attn_mask, sizes, extra=extra, dtype=q.dtype)
+
+    def _without_padded_nan(self, query, key, value, padding) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs with what they share still shared. Rows of self-attention are keys, and padding, too."""
+        first = without_padded_nan(key, padding, self.batch_first)
+        second = first if value is key else without_padded_nan(value, padding, self.batch_first)
+        return first if query is key else second if query is value else query, first, second
 
     def _of_real_keys(self, query, key, value, key_padding_mask, attn_mask, is_causal) -> Tensor | None:
         """The output with keys and values projected where they are no padding; None where that is not the way."""
@@ -132,6 +139,8 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
         if plan is None:
             return None
         places, seen = plan
+        if query is key:
+            query = without_padded_nan(query, key_padding_mask, self.batch_first)
         E, bias = self.embed_dim, self.in_proj_bias
         weights = self.in_proj_weight.split((E, 2 * E))
         biases = (None, None) if bias is None else bias.split((E, 2 * E))
