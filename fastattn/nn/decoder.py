@@ -13,7 +13,7 @@ from torch import Tensor
 from .dropping import dropped
 from .encoder import MaskArgument, TransformerEncoder, TransformerEncoderLayer, feed_forward, sequence_sizes
 from .masking import Maskish, Visibility, causal, check_kinds, combine, without_padded_nan
-from .multihead import MultiheadAttention
+from .multihead import MultiheadAttention, check_shapes
 from .norms import LayerNorm, add_then_norm
 from .sharing import FromTorch, converted
 
@@ -169,11 +169,12 @@ class TransformerDecoder(FromTorch, torch.nn.TransformerDecoder):
         padding: Tensor | None,
         is_causal: bool,
     ) -> Visibility | None:
+        attention = getattr(self.layers[0], name)
+        check_shapes(attention, rows, keys, keys, padding, mask)
         if is_causal:
             mask = causal(mask, trusted=padding is None)
         if mask is None and padding is None:
             return None
-        attention = getattr(self.layers[0], name)
         if padding is not None and keys.dim() == 2 and padding.dim() == 1:
             padding = padding.unsqueeze(0)
         (N, T), (_, S) = (sequence_sizes(x, attention.batch_first) for x in (rows, keys))
