@@ -516,3 +516,40 @@ def test_half_precision_and_autocast(make):
     half = module.bfloat16()(*(t.bfloat16() for t in inputs))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), y, atol=5e-2, rtol=5e-2)
+
+
+COPIED = {
+    "add norm": (lambda: fnn.AddNorm(12, "rms_norm", "pre", dropout=0.1), 2),
+    "feed forward": (lambda: fnn.FeedForward(12, 20, "swiglu", bias=False, dropout=0.1), 1),
+    "sinusoidal": (lambda: fnn.SinusoidalPositionalEncoding(12, 0.1, 100.0, False), 1),
+    "rotary": (
+        lambda: fnn.RotaryEmbedding(4, scaling={"type": "yarn", "factor": 4.0, "original_length": 8}),
+        1,
+    ),
+    "t5": (lambda: fnn.T5RelativeBias(3, 16, 50, bidirectional=False), 0),
+    "alibi": (lambda: fnn.ALiBi(6), 0),
+    "multi-query": (lambda: fnn.MultiQueryAttention(12, 3, rope=fnn.RotaryEmbedding(4), softcap=5.0), 1),
+    "shaw": (lambda: fnn.ShawRelativeAttention(12, 3, 2, dropout=0.1), 1),
+    "transformer-xl": (lambda: fnn.TransformerXLAttention(12, 3, dropout=0.1), 2),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_pickles_and_state(name):
+    """Copies compute the same and share nothing; the state of one goes into a fresh other."""
+    make, inputs = COPIED[name]
+    module = randomise(make()).eval()
+    x = [torch.randn(2, 5, 12) for _ in range(inputs)]
+
+    def run(m):
+        results = m(7, 9) if name == "t5" else m(*x)
+        return results if isinstance(results, tuple) else (results,)
+
+    fresh = make().eval()
+    fresh.load_state_dict(module.state_dict())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), fresh):
+        assert type(other) is type(module) and repr(other) == repr(module)
+        assert list(other.state_dict()) == list(module.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(run(other), run(module)))
+        pairs = zip((*module.parameters(), *module.buffers()), (*other.parameters(), *other.buffers()))
+        assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)

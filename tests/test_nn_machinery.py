@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import fastattn
 from fastattn import masks
 from fastattn import nn as fnn
 from fastattn.masks import words
@@ -114,14 +115,52 @@ class Exported(torch.nn.Module):
         return self.call(self.inner, *inputs)
 
 
-@pytest.mark.parametrize("name", CALLS)
+def bias_call(module, x, padded):
+    """T5's bias or ALiBi's slopes, in an attention."""
+    q = x.unflatten(-1, (H, -1)).transpose(1, 2)
+    if isinstance(module, fnn.ALiBi):
+        return fastattn.attention(q, q, q, alibi_slopes=module())
+    return fastattn.attention(q, q, q, bias=module(10, 10), scale=1.0)
+
+
+def decoder_call(module, x, padded):
+    mask = torch.ones(10, 10, dtype=torch.bool).triu(1)
+    return module(x, x, tgt_mask=mask, tgt_is_causal=True, memory_key_padding_mask=padded)
+
+
+EXPORTS = CALLS | {
+    "encoder layer": (
+        lambda: fnn.TransformerEncoderLayer(E, H, 40, batch_first=True),
+        lambda m, x, p: m(x, src_key_padding_mask=p),
+    ),
+    "decoder layer": (lambda: fnn.TransformerDecoderLayer(E, H, 40, batch_first=True), decoder_call),
+    "decoder": (
+        lambda: fnn.TransformerDecoder(fnn.TransformerDecoderLayer(E, H, 40, batch_first=True), 2),
+        decoder_call,
+    ),
+    "multi-query": (lambda: fnn.MultiQueryAttention(E, H), lambda m, x, p: m(x, is_causal=True)),
+    "sinusoidal": (lambda: fnn.SinusoidalPositionalEncoding(E), lambda m, x, p: m(x)),
+    "rotary": (lambda: fnn.RotaryEmbedding(6), lambda m, x, p: m(x)),
+    "t5": (lambda: fnn.T5RelativeBias(H), bias_call),
+    "alibi": (lambda: fnn.ALiBi(H), bias_call),
+}
+# What is computed by torch's own operations.
+WITHOUT_OPS = ("feed forward", "sinusoidal", "rotary")
+
+
+def test_exports_are_of_all_modules():
+    made = [type(module).__name__ for make, _ in EXPORTS.values() for module in make().modules()]
+    assert set(fnn.__all__) <= set(made)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
 def test_export(name):
-    make, call = CALLS[name]
+    make, call = EXPORTS[name]
     model, (x, padded) = Exported(make(), call), batch()
     program = torch.export.export(model, (x, padded))
     torch.testing.assert_close(program.module()(x, padded), model(x, padded), atol=1e-5, rtol=1e-4)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert "feed" in name or any(target.startswith("fastattn.") for target in targets)
+    assert any(target.startswith("fastattn.") for target in targets) == (name not in WITHOUT_OPS)
 
 
 def masked_weights_call(module, x, padded):

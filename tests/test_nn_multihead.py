@@ -470,3 +470,63 @@ def test_a_wrong_width_is_named():
         module(query, torch.randn(3, 7), value)
     with pytest.raises(AssertionError, match="value dimension of 5, but got 4"):
         module(query, key, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("shape", ["[L, S]", "[N * H, L, S]", "[N, S]", "both"])
+def test_gradients_of_masks(shape, need_weights):
+    """A learned bias given as a mask, and learned padding."""
+    theirs = torch.nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    ours = MultiheadAttention.from_torch(theirs)
+    query, memory = (torch.randn(N, n, E, dtype=torch.float64, requires_grad=True) for n in (L, S))
+    lead = (N * H,) if shape == "[N * H, L, S]" else ()
+    terms = {"attn_mask": torch.randn(*lead, L, S), "key_padding_mask": torch.randn(N, S)}
+    terms = {
+        name: term.double().requires_grad_()
+        for name, term in terms.items()
+        if shape == "both" or (name == "key_padding_mask") == (shape == "[N, S]")
+    }
+    results = [m(query, memory, memory, need_weights=need_weights, **terms) for m in (ours, theirs)]
+    needs = [*terms.values(), query, memory, *theirs.parameters()]
+    grads = [
+        torch.autograd.grad(sum(r.square().sum() for r in result if r is not None), needs)
+        for result in results
+    ]
+    for a, e in zip(*grads):
+        assert e.any()
+        torch.testing.assert_close(a, e, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["", "causal", "heads", "float", "window", "padding"])
+def test_weights_change_nothing_of_the_output(kind, training, monkeypatch):
+    """The output of need_weights=True comes from the same call of the same kernel."""
+    calls = []
+    attend = multihead.attend
+
+    def spy(q, k, v, seen, *rest, **arguments):
+        calls.append(fastattn.explain(q, k, v, **seen.arguments()))
+        return attend(q, k, v, seen, *rest, **arguments)
+
+    monkeypatch.setattr(multihead, "attend", spy)
+    module = MultiheadAttention(E, H, batch_first=True).train(training)
+    x = torch.randn(N, L, E)
+    mask = torch.rand(N * H, L, L) > 0.7
+    keywords = {
+        "": {},
+        "causal": {"attn_mask": torch.ones(L, L, dtype=torch.bool).triu(1)},
+        "heads": {"attn_mask": mask},
+        "float": {"attn_mask": torch.randn(L, L)},
+        "window": {"attn_mask": masks.SlidingWindow(2, 0)},
+        "padding": {"key_padding_mask": torch.arange(L) >= torch.tensor([[L], [3]])},
+    }[kind]
+    (with_weights, weights), (without, none) = (
+        module(x, x, x, need_weights=need, **keywords) for need in (True, False)
+    )
+    assert weights.shape == (N, L, L) and none is None
+    assert [call.kernel for call in calls] == ["cpu", "cpu"]
+    if kind == "padding":  # of real keys alone, without weights: another order of sums
+        torch.testing.assert_close(with_weights, without, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(with_weights, without)
+        assert calls[0].mask == calls[1].mask
