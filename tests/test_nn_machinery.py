@@ -186,13 +186,17 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
-def test_export_with_dynamic_sizes_and_padding(name):
+@pytest.mark.parametrize(
+    ("name", "strict"), [*((name, False) for name in DYNAMIC), ("attention, causal", True), ("encoder", True)]
+)
+def test_export_with_dynamic_sizes_and_padding(name, strict):
     """One program for every batch and length, granules of the mask included: below, at and beyond 64 keys."""
     make, call = DYNAMIC[name]
     model, (x, padded) = Exported(make(), call), batch()
     sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=4096)}
-    program = torch.export.export(model, (x, padded), dynamic_shapes=((sizes, sizes),)).module()
+    program = torch.export.export(
+        model, (x, padded), dynamic_shapes=((sizes, sizes),), strict=strict
+    ).module()
     for n, length in ((3, 10), (2, 64), (5, 130), (2, 3)):
         y, hidden = torch.randn(n, length, E), torch.rand(n, length) > 0.6
         hidden[:, 0], hidden[1] = False, True

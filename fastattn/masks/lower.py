@@ -282,7 +282,7 @@ def _lower(mask: Mask | Tensor, shape: Shape) -> Lowered:
 
 
 def _bits_of(rest: list[_Form], ranges: Ranges, shape: Shape) -> Bits | None:
-    if not all(isinstance(size, int) for size in shape[:4]):
+    if _sizes_vary(shape):
         return _bits_of_any_size(_Form(every=True, parts=tuple(rest)), shape)
     if len(rest) == 1 and type(rest[0].literal) is Dense and not rest[0].hidden:
         seen = unbroadcast(rest[0].literal._full(shape)).to(shape.device)
@@ -294,6 +294,12 @@ def _bits_of(rest: list[_Form], ranges: Ranges, shape: Shape) -> Bits | None:
     fits = all(r == 1 or r == t for r, t in zip(within.planes, tree.planes, strict=False))
     hides = not (within.one_row and within.band_only)
     return build(tree, shape, within if fits and hides else None)
+
+
+def _sizes_vary(shape: Shape) -> bool:
+    """Whether torch.export traces sizes that are not known; Dynamo, which `strict=True` uses, shows all as ints."""
+    strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+    return strict or not all(isinstance(size, int) for size in shape[:4])
 
 
 def _bits_of_any_size(form: _Form, shape: Shape) -> Bits | None:

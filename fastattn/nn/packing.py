@@ -79,7 +79,7 @@ def _untraceable(padding: Tensor) -> str | None:
     if padding.is_meta:
         return "the number of tokens is data, and meta tensors have none"
     if torch.compiler.is_compiling():
-        return "the number of tokens is data, and a traced graph has fixed sizes"
+        return "the number of tokens is data, which a traced graph cannot ask for"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func needs the same work for every batch item"
     return None
