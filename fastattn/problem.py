@@ -24,6 +24,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def new_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A seed of dropout, for calls that share one too: where the operands are."""
+    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
+
+
 def layout_of(t: Tensor) -> str:
     """A tensor that is not strided, in words; nested ones say that they are."""
     return "a nested tensor" if t.is_nested else f"layout {t.layout}"
@@ -110,9 +115,7 @@ class Problem:
     def draw_seed(self) -> None:
         """Draws dropout's seed unless one was given: after all that can refuse the call, which then draws nothing."""
         if self.dropout_p and self.dropout_seed is None:
-            self.dropout_seed = torch.randint(
-                -(2**63), 2**63 - 1, (), generator=self.generator, device=self.device
-            )
+            self.dropout_seed = new_seed(self.device, self.generator)
 
     def restore(self, t: Tensor, *trailing: int) -> Tensor:
         """A canonical result [B, Hq, ...] in the caller's rank."""

@@ -553,3 +553,17 @@ def test_copies_pickles_and_state(name):
         assert all(torch.equal(a, b) for a, b in zip(run(other), run(module)))
         pairs = zip((*module.parameters(), *module.buffers()), (*other.parameters(), *other.buffers()))
         assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: fnn.GroupedQueryAttention(12, 2, 1, dropout=0.1, device=x.device)(x, need_weights=True)[1],
+        lambda x: fnn.ShawRelativeAttention(12, 2, 3, dropout=0.1, device=x.device)(x),
+        lambda x: fnn.TransformerXLAttention(12, 2, dropout=0.1, device=x.device)(x, x),
+        lambda x: fnn.MultiheadAttention(12, 2, dropout=0.1, device=x.device)(x, x, x)[1],
+    ],
+    ids=["grouped", "shaw", "transformer-xl", "multi-head"],
+)
+def test_dropout_of_weights_is_drawn_on_the_device(call):
+    assert call(torch.randn(2, 5, 12, device="meta")).device.type == "meta"

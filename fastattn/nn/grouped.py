@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import functional
 from ..masks import Causal, Dense, Mask, Prepared
-from ..problem import check_dropout, check_softcap
+from ..problem import check_dropout, check_softcap, new_seed
 from ..weights import AttentionWeights
 from .dropping import dropped
 from .linear import apply
@@ -144,7 +144,7 @@ class GroupedQueryAttention(torch.nn.Module):
         if not need_weights:
             return self._merge(functional.attention(q, k, v, dropout_p=dropout_p, **scores), query)
         if dropout_p:
-            scores |= {"dropout_p": dropout_p, "dropout_seed": torch.randint(-(2**63), 2**63 - 1, ())}
+            scores |= {"dropout_p": dropout_p, "dropout_seed": new_seed(q.device)}
         out = functional.attention(q, k, v, **scores)
         weights = AttentionWeights(q, k, **scores).all().to(q.dtype)
         return self._merge(out, query), weights if query.dim() == 3 else weights.squeeze(0)

@@ -30,8 +30,10 @@ class Visibility:
 
     def prepared(self, q_shape: tuple[int, int, int], Sk: int, device: torch.device) -> Visibility:
         """With the mask lowered once, for q_shape (B, H, Sq) and Sk keys of as many heads."""
-        if self.mask is None or isinstance(self.mask, Prepared) or self.mask._is_mapped():
+        if self.mask is None or isinstance(self.mask, Prepared):
             return self
+        if waits.transformed() and self.mask._is_mapped():
+            return self  # attention adds it to the scores
         B, H, Sq = q_shape
         lowered = lower(self.mask, B, H, H, Sq, Sk, device)
         return Visibility(Prepared(lowered, H, "the masks of a stack"), self.bias)

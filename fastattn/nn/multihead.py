@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import functional
 from ..masks import Mask, Prepared
+from ..problem import new_seed
 from ..weights import AttentionWeights
 from . import packing
 from .linear import apply, linear
@@ -72,8 +73,7 @@ class MultiheadAttention(FromTorch, torch.nn.MultiheadAttention):
             return self._merge(attend(q, k, v, seen, dropout_p), query), None
         extra = {}
         if dropout_p:
-            seed = torch.randint(-(2**63), 2**63 - 1, (), device=query.device)
-            extra = {"dropout_p": dropout_p, "dropout_seed": seed}
+            extra = {"dropout_p": dropout_p, "dropout_seed": new_seed(query.device)}
         out = attend(q, k, v, seen, **extra)
         weights = AttentionWeights(q, k, **seen.arguments(), **extra)
         weights = (weights.mean() if average_attn_weights else weights.all()).to(q.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from ..masks import Band, Causal, Mask
+from ..problem import new_seed
 from ..weights import AttentionWeights
 from .grouped import joined_with_causal, positive
 from .linear import apply
@@ -108,7 +109,7 @@ class ShawRelativeAttention(_Projected):
     def forward(self, x: Tensor, *, mask: Tensor | Mask | None = None, is_causal: bool = False) -> Tensor:
         q, k, v, index, scores = self._operands(x, mask, is_causal)
         if self.training and self.dropout:
-            scores |= {"dropout_p": self.dropout, "dropout_seed": torch.randint(-(2**63), 2**63 - 1, ())}
+            scores |= {"dropout_p": self.dropout, "dropout_seed": new_seed(x.device)}
         if self.value_table is None:
             return self._merge(functional.attention(q, k, v, **scores))
         out = functional.attention(q, k, v, **scores)
