@@ -567,3 +567,20 @@ def test_copies_pickles_and_state(name):
 )
 def test_dropout_of_weights_is_drawn_on_the_device(call):
     assert call(torch.randn(2, 5, 12, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fnn.GroupedQueryAttention(12, 2, 1, dropout=0.25),
+        fnn.ShawRelativeAttention(12, 2, 3, dropout=0.25),
+        fnn.TransformerXLAttention(12, 2, dropout=0.25),
+        fnn.MultiheadAttention(12, 2, dropout=0.25),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_explain_tells_the_dropout_of_training(module):
+    x = torch.randn(2, 5, 12)
+    inputs = (x, x, x) if isinstance(module, fnn.MultiheadAttention) else (x,)
+    assert "dropout 0.25" in str(module.train().explain(*inputs))
+    assert "dropout" not in str(module.eval().explain(*inputs))

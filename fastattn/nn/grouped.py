@@ -154,7 +154,8 @@ class GroupedQueryAttention(torch.nn.Module):
     ) -> functional.Explanation:
         """Which kernel the attention of such a call runs and why; computes the projections alone."""
         q, k, v = self._heads(query, key, value, None, None)
-        return functional.explain(q, k, v, **self._scores(mask, bias, is_causal))
+        dropout_p = self.dropout if self.training else 0.0
+        return functional.explain(q, k, v, dropout_p=dropout_p, **self._scores(mask, bias, is_causal))
 
     def _scores(self, mask, bias, is_causal: bool) -> dict:
         if is_causal:

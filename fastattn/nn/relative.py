@@ -121,7 +121,8 @@ class ShawRelativeAttention(_Projected):
     def explain(self, x: Tensor, *, mask=None, is_causal: bool = False) -> functional.Explanation:
         """Which kernel serves what part of a call; computes the projections and score terms alone."""
         q, k, v, _, scores = self._operands(x, mask, is_causal)
-        explanation = functional.explain(q, k, v, **scores)
+        dropout_p = self.dropout if self.training else 0.0
+        explanation = functional.explain(q, k, v, dropout_p=dropout_p, **scores)
         explanation.notes.append("the relative terms of the scores are a bias: S x S memory")
         if self.value_table is not None:
             explanation.notes.append(
@@ -210,6 +211,7 @@ class TransformerXLAttention(_Projected):
     def explain(self, x: Tensor, memory: Tensor | None = None, *, mask=None, is_causal: bool = True):
         """Which kernel serves a call; computes the projections and score terms alone."""
         q, k, v, scores = self._operands(x, memory, mask, is_causal)
-        explanation = functional.explain(q, k, v, **scores)
+        dropout_p = self.dropout if self.training else 0.0
+        explanation = functional.explain(q, k, v, dropout_p=dropout_p, **scores)
         explanation.notes.append("the relative terms of the scores are a bias: S x (M + S) memory")
         return explanation
