@@ -142,3 +142,64 @@ def test_what_is_no_mask_is_named(name):
     for argument in NO_MASKS[name]:
         with pytest.raises(TypeError, match=f"{argument} must be a tensor.* or None, got list"):
             ours(*inputs, **{argument: [True]})
+
+
+def wide(size):
+    return tokens(N, L, size)
+
+
+# Of the modules torch lacks: what must not pass, and words of the message.
+BEYOND = {
+    "grouped, query": (
+        lambda: fnn.GroupedQueryAttention(E, H, 2)(wide(25)),
+        r"query must have width 24.*25\]",
+    ),
+    "grouped, key": (
+        lambda: fnn.GroupedQueryAttention(E, H, 2, kdim=10)(x, wide(11), wide(E)),
+        r"key must have width 10, got shape \[2, 5, 11\]",
+    ),
+    "grouped, value": (
+        lambda: fnn.GroupedQueryAttention(E, H, 2, vdim=14)(x, x, wide(13)),
+        r"value must have width 14, got shape \[2, 5, 13\]",
+    ),
+    "grouped, batch": (lambda: fnn.GroupedQueryAttention(E, H, 2)(x, tokens(3, L, E)), "do not broadcast"),
+    "grouped, mask": (
+        lambda: fnn.GroupedQueryAttention(E, H, 2)(x, mask=hidden(L, L + 1)),
+        r"\[5, 6\] does not broadcast to \[2, 4, 5, 5\]",
+    ),
+    "shaw, mask": (
+        lambda: fnn.ShawRelativeAttention(E, H, 3)(x, mask=hidden(L, L + 1)),
+        r"\[5, 6\] does not broadcast to \[2, 4, 5, 5\]",
+    ),
+    "transformer-xl, mask": (
+        lambda: fnn.TransformerXLAttention(E, H)(x, x, mask=hidden(L, L)),
+        r"\(5, 5\) does not broadcast.*\[2, 4, 5, 10\]",
+    ),
+    "feed forward, d_model": (lambda: fnn.FeedForward(0, 8), "d_model must be an int of at least 1, got 0"),
+    "feed forward, d_hidden": (
+        lambda: fnn.FeedForward(8, -1),
+        "d_hidden must be an int of at least 1, got -1",
+    ),
+    "add norm, shapes": (
+        lambda: fnn.AddNorm(E)(x, x[:, :4]),
+        r"same shape, got \[2, 5, 24\] and \[2, 4, 24\]",
+    ),
+    "add norm, width": (lambda: fnn.AddNorm(E + 1)(x, x), r"\[2, 5, 24\].*got \[25\]"),
+    "sinusoidal, positions": (
+        lambda: fnn.SinusoidalPositionalEncoding(E)(x, torch.arange(4)),
+        r"positions must be \[5\] or \[N, 5\] like the tokens of x, got \[4\]",
+    ),
+    "sinusoidal, base": (
+        lambda: fnn.SinusoidalPositionalEncoding(E, base=-1.0),
+        "base must be positive, got -1.0",
+    ),
+    "t5, heads": (lambda: fnn.T5RelativeBias(0), "num_heads must be an int of at least 1, got 0"),
+    "t5, lengths": (lambda: fnn.T5RelativeBias(3)(0, 4), "Sq and Sk must be at least 1, got 0 and 4"),
+    "alibi, lengths": (lambda: fnn.ALiBi(3).bias(4, 0), "Sq and Sk must be at least 1, got 4 and 0"),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), BEYOND.values(), ids=BEYOND)
+def test_modules_that_torch_lacks(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

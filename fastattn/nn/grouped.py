@@ -12,13 +12,7 @@ from ..weights import AttentionWeights
 from .dropping import dropped
 from .linear import apply
 from .norms import LayerNorm, RMSNorm
-from .positions import RotaryEmbedding
-
-
-def positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    return value
+from .positions import RotaryEmbedding, positive
 
 
 def joined_with_causal(mask: Tensor | Mask | Prepared | None, hi: Mask) -> Mask:
@@ -171,9 +165,17 @@ class GroupedQueryAttention(torch.nn.Module):
                 f"query, key and value must all be [N, length, width] or all [length, width], got {query.dim()}, "
                 f"{key.dim()} and {value.dim()} dimensions"
             )
+        projections = (
+            ("query", self.q_proj, query),
+            ("key", self.k_proj, key),
+            ("value", self.v_proj, value),
+        )
+        for name, p, x in projections:
+            width = getattr(p, "in_features", x.shape[-1])  # what stands in its place may have none
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} must have width {width}, got shape {list(x.shape)}")
         q, k, v = (
-            apply(p, x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
-            for p, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+            apply(p, x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2) for _, p, x in projections
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -210,7 +212,7 @@ class FeedForward(torch.nn.Module):
     Input [*, d_model]. In inference on the CPU the activation is computed inside the product.
 
     Raises:
-        ValueError: another activation.
+        ValueError: another activation, a width below 1.
     """
 
     def __init__(
@@ -226,6 +228,8 @@ class FeedForward(torch.nn.Module):
         super().__init__()
         if activation not in ("relu", "gelu", "swiglu"):
             raise ValueError(f"activation must be 'relu', 'gelu' or 'swiglu', got {activation!r}")
+        positive("d_model", d_model)
+        positive("d_hidden", d_hidden)
         factory = {"device": device, "dtype": dtype}
         self.activation = activation
         self.linear1 = torch.nn.Linear(d_model, d_hidden, bias, **factory)

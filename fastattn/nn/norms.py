@@ -86,7 +86,7 @@ class AddNorm(torch.nn.Module):
     Input: x and residual of one shape [*, *normalized_shape] and dtype. Parameters: `norm.weight`, `norm.bias`.
 
     Raises:
-        ValueError: norm, order or dropout is none of these; bias=True with rms_norm.
+        ValueError: norm, order or dropout is none of these; bias=True with rms_norm; x and residual differ in shape.
     """
 
     def __init__(
@@ -118,6 +118,10 @@ class AddNorm(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if x.shape != residual.shape:
+            raise ValueError(
+                f"x and residual must have the same shape, got {list(x.shape)} and {list(residual.shape)}"
+            )
         y, total = add_then_norm(self.norm, dropped(self.dropout, x), residual)
         return y if self.order == "post" else (y, total)
 

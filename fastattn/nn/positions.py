@@ -24,10 +24,22 @@ def sinusoid(positions: Tensor, dim: int, base: float = 10000.0, interleaved: bo
     return torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
 
 
+def positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return value
+
+
 def check_even(name: str, size: int) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 2 or size % 2:
         raise ValueError(f"{name} must be an even int of at least 2, got {size!r}")
     return size
+
+
+def check_base(base: float) -> float:
+    if not base > 0:
+        raise ValueError(f"base must be positive, got {base!r}")
+    return base
 
 
 class SinusoidalPositionalEncoding(torch.nn.Module):
@@ -44,7 +56,7 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
     float32. There is no longest sequence and no parameter.
 
     Raises:
-        ValueError: d_model is odd, or x has another width.
+        ValueError: d_model is odd, base not positive, or x or positions have another size.
     """
 
     def __init__(
@@ -57,7 +69,7 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.d_model = check_even("d_model", d_model)
-        self.base = base
+        self.base = check_base(base)
         self.interleaved = interleaved
         self.batch_first = batch_first
         self.dropout = torch.nn.Dropout(dropout)
@@ -72,6 +84,11 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
         sequence = 1 if x.dim() == 3 and self.batch_first else 0
         if positions is None:
             positions = torch.arange(x.shape[sequence], device=x.device)
+        elif positions.dim() not in (1, 2) or positions.shape[-1] != x.shape[sequence]:
+            raise ValueError(
+                f"positions must be [{x.shape[sequence]}] or [N, {x.shape[sequence]}] like the tokens of x, got "
+                f"{list(positions.shape)}"
+            )
         encoding = self.encoding(positions).to(x.dtype)
         if x.dim() == 3 and not self.batch_first:
             encoding = encoding.transpose(0, 1) if encoding.dim() == 3 else encoding.unsqueeze(1)
@@ -122,9 +139,7 @@ class RotaryEmbedding(torch.nn.Module):
         self.dim = check_even("dim", dim)
         if layout not in ("half", "interleaved"):
             raise ValueError(f"layout must be 'half' or 'interleaved', got {layout!r}")
-        if not base > 0:
-            raise ValueError(f"base must be positive, got {base!r}")
-        self.base, self.layout = base, layout
+        self.base, self.layout = check_base(base), layout
         self.scaling = None if scaling is None else dict(scaling)
         self.magnitude = 1.0
         self.register_buffer("inverse_frequencies", self._frequencies().to(device), persistent=False)
@@ -203,6 +218,8 @@ class RotaryEmbedding(torch.nn.Module):
 
 def by_distance(values: Tensor, Sq: int, Sk: int) -> Tensor:
     """[*, Sq, Sk] whose entry (i, j) is values[..., j - i + Sq - 1]; values is [*, Sq + Sk - 1]."""
+    if Sq < 1 or Sk < 1:
+        raise ValueError(f"Sq and Sk must be at least 1, got {Sq} and {Sk}")
     return values.unfold(-1, Sk, 1).flip(-2)
 
 
@@ -231,6 +248,7 @@ class T5RelativeBias(torch.nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        positive("num_heads", num_heads)
         exact = num_buckets // (4 if bidirectional else 2)
         if exact < 1 or num_buckets % 2:
             raise ValueError(
@@ -280,9 +298,7 @@ class ALiBi(torch.nn.Module):
 
     def __init__(self, num_heads: int, device=None) -> None:
         super().__init__()
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(f"num_heads must be an int of at least 1, got {num_heads!r}")
-        self.num_heads = num_heads
+        self.num_heads = positive("num_heads", num_heads)
         below = 1 << (num_heads.bit_length() - 1)
         slopes = [2.0 ** (-8.0 * (h + 1) / below) for h in range(below)]
         slopes += [2.0 ** (-4.0 * (2 * h + 1) / below) for h in range(num_heads - below)]

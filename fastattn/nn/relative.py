@@ -13,9 +13,9 @@ from .. import functional
 from ..masks import Band, Causal, Mask
 from ..problem import new_seed
 from ..weights import AttentionWeights
-from .grouped import joined_with_causal, positive
+from .grouped import joined_with_causal
 from .linear import apply
-from .positions import check_even, sinusoid
+from .positions import check_even, positive, sinusoid
 
 
 class _Projected(torch.nn.Module):
