@@ -417,7 +417,7 @@ def _mapped_mask_as_bias(p: Problem, name: str) -> None:
         mask = torch.where(mask, 0.0, -math.inf).to(p.dtype)
     p.mask, p.bias = None, mask
     p.notes.append(
-        f"vmap maps over {name}: it is added to the scores, 0 and -inf, and hides nothing from the work"
+        f"vmap maps over {name}: it is added to the scores, 0 and -inf, and no work is left out for it"
     )
 
 
