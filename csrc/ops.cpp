@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
   m.def("_attention_bwd_route() -> str");
   m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
+  m.def("bias_scan(Tensor bias) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def("mask_keys(Tensor mask) -> (Tensor lo, Tensor hi, Tensor flags)");
   m.def(
       "mask_build(SymInt[] program, Tensor[] tensors, SymInt B, SymInt H, SymInt Sq, SymInt Sk) -> (Tensor "

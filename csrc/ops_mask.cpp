@@ -1,5 +1,6 @@
 // CPU bindings of the mask ops: a plain tensor or a tree of the algebra becomes block lists and bit tiles.
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -101,6 +102,18 @@ void scan_row(MaskScan scan, const MaskScanArgs& a, int64_t q, ScannedRow* row) 
   for (int32_t n = 0; n < row->tiles.size(); ++n) row->hashes[n] = hash_words(row->tiles.at(n), kSide);
 }
 
+// Whether the first key of some granule is hidden from the first row: where none is, no granule is hidden
+// whole.
+bool some_corner_hidden(const MaskScanArgs& a, int64_t q) {
+  const char* row = static_cast<const char*>(a.data) + q * kSide * a.row * int64_t(a.bytes);
+  for (int64_t k = 0; k < a.Sk; k += kSide) {
+    uint64_t entry = 0;
+    std::memcpy(&entry, row + k * a.key * int64_t(a.bytes), a.bytes);
+    if (entry == a.hidden) return true;
+  }
+  return false;
+}
+
 MaskScanArgs scan_args(const Tensor& mask) {
   MaskScanArgs a{};
   STD_TORCH_CHECK(mask.dim() == 4 && mask.numel() > 0,
@@ -117,17 +130,28 @@ MaskScanArgs scan_args(const Tensor& mask) {
   return a;
 }
 
-Lists mask_scan(const Tensor& mask) {
+// The plane of one batch and head.
+MaskScanArgs plane_args(const Tensor& mask, int64_t b, int64_t h) {
+  MaskScanArgs a = scan_args(mask);
+  a.data = static_cast<const char*>(mask.const_data_ptr()) +
+           (b * mask.stride(0) + h * mask.stride(1)) * int64_t(a.bytes);
+  return a;
+}
+
+// Rows of granules that `looked_at(plane, row)` refuses count as full.
+template <class LookedAt>
+Lists scan_lists(const Tensor& mask, LookedAt looked_at) {
   const MaskScanArgs args = scan_args(mask);
   const MaskScan scan = kernels().mask_scan;
   const int64_t B = mask.size(0), H = mask.size(1), n_q = granules_of(args.Sq), n_k = granules_of(args.Sk);
   std::vector<ScannedRow> rows(B * H * n_q);
   run_tasks(int64_t(rows.size()), 0, [&](int64_t i, void*) {
-    MaskScanArgs a = args;
-    const int64_t b = i / n_q / H, h = i / n_q % H;
-    a.data = static_cast<const char*>(mask.const_data_ptr()) +
-             (b * mask.stride(0) + h * mask.stride(1)) * int64_t(a.bytes);
-    scan_row(scan, a, i % n_q, &rows[i]);
+    const MaskScanArgs a = plane_args(mask, i / n_q / H, i / n_q % H);
+    if (looked_at(a, i % n_q)) {
+      scan_row(scan, a, i % n_q, &rows[i]);
+    } else {
+      rows[i].codes.assign(n_k, kFull);
+    }
   });
 
   // Numbers the tiles in the order of the granules, whatever thread found them.
@@ -176,6 +200,38 @@ Lists mask_scan(const Tensor& mask) {
   return {offsets, blocks, tiles, flags_tensor(flags)};
 }
 
+Lists mask_scan(const Tensor& mask) {
+  return scan_lists(mask, [](const MaskScanArgs&, int64_t) { return true; });
+}
+
+Lists full_lists(int64_t planes_b, int64_t planes_h, int64_t n_q, int64_t n_k) {
+  const int64_t rows = planes_b * planes_h * n_q;
+  Tensor offsets = new_ints({planes_b, planes_h, n_q + 1}), blocks = new_ints({rows * n_k, 2});
+  int32_t *offset = static_cast<int32_t*>(offsets.mutable_data_ptr()),
+          *block = static_cast<int32_t*>(blocks.mutable_data_ptr());
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i % n_q == 0) *offset++ = int32_t(i * n_k);
+    *offset++ = int32_t((i + 1) * n_k);
+    for (int64_t k = 0; k < n_k; ++k) *block++ = int32_t(k), *block++ = kFull;
+  }
+  return {offsets, blocks, new_ints({0, kSide}, ScalarType::Long), flags_tensor(kEverything)};
+}
+
+// A bias hides its -inf itself wherever a kernel reads it: the lists only say what need not be read. Mostly
+// that is nothing, and then known by one entry of 4096. Rows of granules without a hidden corner count as
+// full, whatever -inf lies inside their granules. Of the flags only kEverything holds.
+Lists bias_scan(const Tensor& bias) {
+  STD_TORCH_CHECK(bias.scalar_type() != ScalarType::Bool, "fastattn: bias_scan needs a floating bias");
+  const MaskScanArgs args = scan_args(bias);
+  const int64_t B = bias.size(0), H = bias.size(1), n_q = granules_of(args.Sq);
+  bool hidden = false;
+  for (int64_t i = 0; i < B * H * n_q && !hidden; ++i) {
+    hidden = some_corner_hidden(plane_args(bias, i / n_q / H, i / n_q % H), i % n_q);
+  }
+  if (!hidden) return full_lists(B, H, n_q, granules_of(args.Sk));
+  return scan_lists(bias, some_corner_hidden);
+}
+
 // The keys of one plane joined to an interval, granule by granule.
 struct KeyInterval {
   int64_t first = -1, end = 0;
@@ -203,8 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> mask_keys(const Tensor& mask) {
   int64_t flags = kFromStart | kToEnd;
   ScannedWords seen;
   for (int64_t plane = 0; plane < B * H; ++plane) {
-    a.data = static_cast<const char*>(mask.const_data_ptr()) +
-             (plane / H * mask.stride(0) + plane % H * mask.stride(1)) * int64_t(a.bytes);
+    a = plane_args(mask, plane / H, plane % H);
     KeyInterval keys;
     for (int64_t k = 0; k < n_k; k += kScanGranules) {
       const int64_t count = std::min<int64_t>(kScanGranules, n_k - k);
@@ -461,6 +516,7 @@ Tensor mask_rows(const Tensor& offsets, const Tensor& blocks, const Tensor& tile
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("mask_scan", TORCH_BOX(&fastattn::mask_scan));
+  m.impl("bias_scan", TORCH_BOX(&fastattn::bias_scan));
   m.impl("mask_keys", TORCH_BOX(&fastattn::mask_keys));
   m.impl("mask_transpose", TORCH_BOX(&fastattn::mask_transpose));
   m.impl("mask_rows", TORCH_BOX(&fastattn::mask_rows));

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from . import _info, _triton, ops, reference
 from .dispatch import Choice, choose, features
 from .masks import Causal, Mask, Prepared, native
-from .masks.lower import Lowered, lower
+from .masks.lower import Lowered, lower, narrowed
 from .problem import Problem, attention_problem
 
 _PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -110,7 +110,8 @@ def attention(
         v: [B, Hkv, Sk, Dv].
         mask: a mask of `fastattn.masks`, a bool tensor (True is visible) or an additive one, broadcastable to
             [B, Hq, Sq, Sk].
-        bias: added to the scores; q's dtype or float32, broadcastable to [B, Hq, Sq, Sk]; -inf hides.
+        bias: added to the scores; q's dtype or float32, broadcastable to [B, Hq, Sq, Sk]; -inf hides, and
+            blocks that it hides whole cost nothing on the CPU.
         alibi_slopes: float32 [Hq] or [B, Hq]; adds -slope * |i - j|.
         softcap: scores become softcap * tanh(scores / softcap), before bias.
         sinks: [Hq]; a key of that logit and value 0.
@@ -211,14 +212,17 @@ def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
         return _attention_fwd(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
 
 
-def _lower(p: Problem) -> Lowered:
+def _lower(p: Problem, kernel: str = "reference") -> Lowered:
+    """The call's mask as a kernel reads it: without what the bias hides whole, which the reference visits too."""
     mask = Causal() if p.is_causal else p.mask
-    return lower(mask, p.B, p.Hq, p.Hkv, p.Sq, p.Sk, p.device)
+    lowered = lower(mask, p.B, p.Hq, p.Hkv, p.Sq, p.Sk, p.device)
+    return lowered if p.bias is None or kernel == "reference" else narrowed(lowered, p.bias)
 
 
 def _run(p: Problem) -> tuple[Tensor, ...]:
     choice = choose(p)
-    name, lowered = choice.kernel.name, _lower(p)
+    name = choice.kernel.name
+    lowered = _lower(p, name)
     p.draw_seed()
     out, lse = _run_reference(p, lowered) if name == "reference" else _run_op(p, lowered, name)
     results = [p.restore(out, p.Sq, p.Dv)]
@@ -386,4 +390,5 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, **argum
                 f"explain() got an unexpected keyword argument {name!r}; it takes those of attention, and is_causal"
             )
     p = attention_problem(q, k, v, is_causal=is_causal, **arguments)
-    return Explanation(p, choose(p), _lower(p))
+    choice = choose(p)
+    return Explanation(p, choice, _lower(p, choice.kernel.name))

@@ -22,7 +22,7 @@ from .algebra import And, Apart, Mask, Not, Or
 from .bits import Bits, build, count_windows, plane_offsets
 from .leaves import CodeLeaf, Combine, Inverse, KeySetLeaf, Node, RangeLeaf, Window
 from .ranges import Ranges, Shape
-from .scan import codes_of, four_dims, rows_of, scan_keys, scan_tensor, unbroadcast, visible
+from .scan import codes_of, four_dims, rows_of, scan_bias, scan_keys, scan_tensor, unbroadcast, visible
 from .sparse import Dense
 from .words import GRANULE, granules, unpack_bits
 
@@ -85,6 +85,10 @@ class Lowered:
     def bits(self) -> Bits | None:
         return Bits(self.block_offsets, self.block_list, self.bit_tiles) if self.has_bits else None
 
+    def ranges(self) -> Ranges:
+        bounds = (t if t is None else unbroadcast(t) for t in (self.lo, self.hi))
+        return Ranges(self.band_lo, self.band_hi, *bounds)
+
     def shape(self) -> Shape:
         return Shape(self.B, self.Hq, self.Sq, self.Sk, self.device)
 
@@ -144,10 +148,7 @@ class Lowered:
         mask that is the same for all heads has one head. Time and memory follow the granules, not Sq x Sk.
         """
         shape = self.shape()
-        ranges = Ranges(
-            self.band_lo, self.band_hi, *(t if t is None else unbroadcast(t) for t in (self.lo, self.hi))
-        )
-        parts: list[Node] = [RangeLeaf(ranges, shape)]
+        parts: list[Node] = [RangeLeaf(self.ranges(), shape)]
         if self.has_bits:
             parts.append(CodeLeaf(*codes_of(self.bits(), shape), shape))
         return count_windows(Combine(True, parts), shape)
@@ -323,6 +324,44 @@ def _lowered(ranges: Ranges, bits: Bits | None, shape: Shape, bias: Tensor | Non
     offsets, blocks, tiles = bits if bits is not None else (None, None, None)
     bands = ranges.band_lo, ranges.band_hi
     return Lowered(*shape, *bands, *bounds, offsets, blocks, tiles, bias)
+
+
+# As many rows take the decode kernel, which reads -inf from a bias itself and loses to lists that differ by head.
+_DECODE_ROWS = 8
+
+
+def narrowed(lowered: Lowered, bias: Tensor) -> Lowered:
+    """A lowered mask without the granules that a bias [B or 1, Hq or 1, Sq or 1, Sk or 1] hides whole by -inf.
+
+    For speed alone: kernels hide each -inf of a bias themselves. So the mask stays as it is where a look would cost
+    more than it can save or has no answer: off the CPU (the host would wait), in short calls, under torch.func, for
+    fake tensors, and for a bias without rows while torch.compile traces or where its keys have gaps.
+    """
+    shape = lowered.shape()
+    if shape.device.type != "cpu" or bias.numel() == 0 or bias.shape[3] == 1:
+        return lowered
+    if not torch.compiler.is_compiling():  # sizes may be symbols there
+        plain = type(bias) in (Tensor, torch.nn.Parameter)
+        if not plain or shape.Sq <= _DECODE_ROWS or shape.Sk <= GRANULE:
+            return lowered
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return lowered
+    once = unbroadcast(bias.detach())
+    if once.shape[3] == 1:
+        return lowered
+    ranges, bits = interval.EVERYTHING, None
+    if once.shape[2] > 1:
+        bits = scan_bias(once, shape)
+    else:
+        ranges = scan_keys(once).ranges
+    if ranges is None or (bits is None and ranges.lo is ranges.hi is None):
+        return lowered
+    if bits is not None and lowered.has_bits:
+        leaves = [CodeLeaf(*codes_of(b, shape), shape) for b in (lowered.bits(), bits)]
+        bits = build(Combine(True, leaves), shape)
+    both = _lowered(lowered.ranges() & ranges, bits or lowered.bits(), shape, lowered.bias)
+    both.waits = lowered.waits
+    return both
 
 
 @dataclass(eq=False)

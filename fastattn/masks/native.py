@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _library, _triton  # noqa: F401  the op library has to be loaded first
 from .leaves import Kind, Node, RangeLeaf
-from .words import GRANULE, granules
+from .words import FULL, GRANULE, granules
 
 # Flags of mask_scan, mask_build and mask_keys.
 EVERYTHING, NONZERO, GAPS, FROM_START, TO_END = 1, 2, 4, 8, 16
@@ -57,6 +57,12 @@ def scanner(device: torch.device) -> Callable | None:
     return None
 
 
+def bias(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Offsets, blocks, tiles and flags of a float tensor [B, H, Sq, Sk], none of them 0, whose -inf the kernels hide
+    themselves: rows of granules in which none is hidden whole may come as full."""
+    return torch.ops.fastattn.bias_scan(tensor)
+
+
 def keys(tensor: Tensor) -> tuple[Tensor, Tensor, int]:
     """The interval of each plane of a bool or float tensor [B, H, 1, Sk], none of them 0, and the flags.
 
@@ -90,8 +96,20 @@ _triton.implement("mask_scan", "mask_scan")
 
 @torch.library.register_fake("fastattn_triton::mask_scan")
 @torch.library.register_fake("fastattn::mask_scan")
+@torch.library.register_fake("fastattn::bias_scan")
 def _(mask):
     return _fake_lists(*mask.shape[:3], mask.device)
+
+
+@torch.library.register_vmap("fastattn::bias_scan")
+def _(info, in_dims, bias):
+    """Lists of everything, the same for all mapped biases: each hides its own -inf, and lists of a size are mapped."""
+    n_q, n_k = (granules(size) for size in bias.movedim(in_dims[0], 0).shape[-2:])
+    offsets = torch.arange(0, n_q * n_k + 1, n_k, dtype=torch.int32).view(1, 1, -1)
+    blocks = torch.arange(n_k, dtype=torch.int32).repeat(n_q)
+    blocks = torch.stack([blocks, torch.full_like(blocks, FULL)], 1)
+    tiles = torch.empty(0, GRANULE, dtype=torch.int64)
+    return (offsets, blocks, tiles, torch.tensor(EVERYTHING)), (None,) * 4
 
 
 @torch.library.register_fake("fastattn::mask_keys")

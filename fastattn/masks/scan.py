@@ -152,6 +152,16 @@ def scan_tensor(tensor: Tensor, shape: Shape) -> Scan:
     return Scan(build(CodeLeaf(codes, tiles, shape), shape), bool(finite))
 
 
+def scan_bias(bias: Tensor, shape: Shape) -> Bits | None:
+    """What of a bias [B or 1, H or 1, Sq, Sk] on the CPU need not be visited: as the bits of `scan_tensor`, but None
+    where no granule is hidden whole, which one entry of each tells. -inf beside numbers may be listed as visible."""
+    if not native.serves(bias.device):
+        return scan_tensor(bias, shape).bits
+    offsets, blocks, tiles, flags = native.bias(bias)
+    everything = native.read(flags, while_tracing=0) & native.EVERYTHING
+    return None if everything else Bits(offsets, blocks, tiles)
+
+
 def codes_of(bits: Bits | None, shape: Shape) -> tuple[Tensor, Tensor]:
     """The codes int32 [B or 1, H or 1, n_q, n_k] of lists of granules, and their tiles."""
     n_q, n_k = granules(shape.Sq), granules(shape.Sk)
