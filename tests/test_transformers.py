@@ -73,10 +73,132 @@ def test_a_custom_mask_function_is_evaluated():
     assert torch.equal(mask.expand(2, 1, 6, 6), ((i + j) % 3 == 0).expand(2, 1, 6, 6))
 
 
-def test_unknown_keywords_raise():
-    q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(NotImplementedError, match="Linear passes secret_bias"):
-        integration.attention_function(torch.nn.Linear(1, 1), q, q, q, None, secret_bias=1)
+DOCUMENTS = masks.Documents([0, 7, 24])
+BOUNDS, NUMBERS = torch.tensor([0, 7, 24], dtype=torch.int32), (torch.arange(24) >= 7).int()[None]
+# What a keyword does to a call without a mask of a causal module: the mask it is served as, None where nothing changes,
+# the name of another backend's or model's option where it is refused.
+KEYWORDS = {
+    "cu_seq_lens_q": (BOUNDS, masks.Causal() & DOCUMENTS),
+    "cu_seq_lens_k": (BOUNDS, masks.Causal() & DOCUMENTS),
+    "seq_idx": (NUMBERS, masks.Causal() & DOCUMENTS),
+    "sliding_window": (5, masks.Causal() & masks.SlidingWindow(4, 4)),
+    "is_causal": (False, masks.SlidingWindow()),
+    "max_length_q": (17, None),
+    "max_length_k": (17, None),
+    "position_ids": (torch.arange(24)[None], None),
+    "num_items_in_batch": (torch.tensor(3), None),
+    "output_hidden_states": (True, None),
+    "output_router_logits": (True, None),
+    "output_attentions": (True, None),
+    "use_cache": (False, None),
+    "deterministic": (True, None),
+    "cache_position": (torch.arange(24), None),
+    "logits_to_keep": (1, None),
+    "head_mask": (torch.zeros(2), "refused"),
+    "cache": (object(), "refused"),
+    "block_table": (torch.zeros(1, 1).int(), "refused"),
+    "cache_seqlens": (BOUNDS, "refused"),
+    "indices": (torch.zeros(1, 24, 3).int(), "refused"),
+    "block_indices": (torch.zeros(1, 24, 3).int(), "refused"),
+    "secret_bias": (1, "refused"),
+}
+
+
+def called(mask=None, rows=24, **keywords):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (rows, 24, 24))
+    return integration.attention_function(torch.nn.Linear(1, 1), q, k, v, mask, **keywords)[0]
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_a_keyword_is_served_or_harmless_or_refused(name):
+    value, served = KEYWORDS[name]
+    if served == "refused":
+        with pytest.raises(NotImplementedError, match=f"Linear passes {name}"):
+            called(**{name: value})
+        return
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 24, 8) for _ in "qkv")
+    expected = fastattn.reference.attention(q, k, v, mask=(served or masks.Causal()).to_dense(24, 24))
+    torch.testing.assert_close(called(**{name: value}), expected.transpose(1, 2))
+    assert torch.equal(called(**{name: None}), called())
+
+
+def test_every_keyword_that_transformers_knows_is_in_the_table():
+    from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+    from transformers.utils import TransformersKwargs
+
+    known = {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
+    assert known <= KEYWORDS.keys()
+    assert known <= integration.SERVED
+
+
+@pytest.mark.parametrize("by", ["bounds", "numbers", "both"])
+def test_packed_sequences_stay_apart_beside_a_mask(by):
+    packing = {}
+    if by != "numbers":
+        packing |= dict(cu_seq_lens_q=BOUNDS, cu_seq_lens_k=BOUNDS, max_length_q=17, max_length_k=17)
+    if by != "bounds":
+        packing["seq_idx"] = NUMBERS
+    window = masks.Causal() & masks.SlidingWindow(9, 0)
+    mask = integration.ModelMask(window, (1, 24, 24), torch.device("cpu"))
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 24, 8) for _ in "qkv")
+    expected = fastattn.reference.attention(q, k, v, mask=(window & DOCUMENTS).to_dense(24, 24))
+    torch.testing.assert_close(called(mask, **packing), expected.transpose(1, 2))
+    inner = mask._within[2]
+    called(mask, **packing)
+    assert mask._within[2] is inner and len(inner._plans) == 1, "lowered once, not once a layer"
+    with torch.inference_mode():
+        copies = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in packing.items()}
+        torch.testing.assert_close(called(mask, **copies), expected.transpose(1, 2))
+    BOUNDS[1], NUMBERS[0, 7:9] = 9, 0  # the same tensors with other numbers
+    moved = fastattn.reference.attention(
+        q, k, v, mask=(window & masks.Documents([0, 9, 24])).to_dense(24, 24)
+    )
+    changed = called(mask, **packing)
+    BOUNDS[1], NUMBERS[0, 7:9] = 7, 1
+    torch.testing.assert_close(changed, moved.transpose(1, 2))
+
+
+def test_packing_that_does_not_fit_is_refused():
+    q = torch.randn(2, 2, 24, 8)
+    with pytest.raises(NotImplementedError, match="batch of 1, got a batch of 2"):
+        integration.attention_function(torch.nn.Linear(1, 1), q, q, q, None, cu_seq_lens_q=BOUNDS)
+    with pytest.raises(NotImplementedError, match="mask tensor together with"):
+        called(torch.ones(1, 1, 24, 24).bool(), seq_idx=NUMBERS)
+    with pytest.raises(ValueError, match="ends at 24, the call has 5 query rows"):
+        called(rows=5, cu_seq_lens_q=BOUNDS)
+
+
+def test_a_window_without_a_mask():
+    """One row stands at the last key; some rows of many could stand anywhere. A mask that is given has the window."""
+    step = called(rows=1, sliding_window=5)
+    expected = masks.SlidingWindow(4, 0, lower_right=True)
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (1, 24, 24))
+    torch.testing.assert_close(step, fastattn.attention(q, k, v, mask=expected).transpose(1, 2))
+    with pytest.raises(NotImplementedError, match="sliding_window=5 without a mask.*3 rows and 24 keys"):
+        called(rows=3, sliding_window=5)
+    mask = integration.ModelMask(masks.Causal(), (1, 24, 24), torch.device("cpu"))
+    assert torch.equal(called(mask, sliding_window=5), called(mask))
+
+
+def test_a_packed_llama_is_its_sequences():
+    """Bounds alone keep them apart: rotary positions need not start anew, only distances count."""
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.5,
+    )  # fmt: skip
+    config._attn_implementation = "fastattn"
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 97, (1, 24))
+    with torch.no_grad():
+        packed = model(ids, cu_seq_lens_q=BOUNDS, cu_seq_lens_k=BOUNDS, max_length_q=17, max_length_k=17)
+        apart = torch.cat([model(part).logits for part in (ids[:, :7], ids[:, 7:])], 1)
+        mixed = model(ids).logits
+    torch.testing.assert_close(packed.logits, apart, atol=1e-4, rtol=1e-4)
+    assert (mixed - apart).abs().max() > 1e-2
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ class ModelMask:
         self.shape = torch.Size((batch, 1, q_length, kv_length))
         self.device = device
         self._plans: dict[tuple, masks.Prepared] = {}
+        self._within: tuple[tuple, list[Tensor], ModelMask] | None = None
 
     ndim = 4
     dtype = torch.bool
@@ -80,6 +81,20 @@ class ModelMask:
         if plan is None:
             plan = self._plans[key] = masks.prepare(self.mask, q, k)
         return plan
+
+    def within(self, packing: tuple[Tensor | None, ...], documents: Callable[[], Mask]) -> ModelMask:
+        """This mask inside the packed sequences that some tensors tell: the same one for all layers that pass them."""
+        given = [t for t in packing if t is not None]
+        fixed = not torch.compiler.is_compiling() and not any(t.is_inference() for t in given)
+        key = tuple((id(t), t._version) for t in given) if fixed else None
+        if not fixed or self._within is None or self._within[0] != key:
+            made = ModelMask(
+                self.mask & documents(), (self.shape[0], *self.shape[2:]), self.device, self.bias
+            )
+            if not fixed:
+                return made
+            self._within = key, given, made  # the tensors are held, so that no other one gets their ids
+        return self._within[2]
 
     def dense(self) -> Tensor:
         """bool [B, 1, Sq, Sk]."""

@@ -18,15 +18,12 @@ from .model_masks import ModelMask, mask_function
 
 NAME = "fastattn"
 
-# Keywords that models pass along and that do not change what attention computes: the mask already holds them, or
-# they belong to other backends.
+# Keywords that models pass along and that do not change what attention computes: they are for other parts of the model
+# or only hints, or the mask holds them already (transformers makes packed masks from position_ids).
 _HARMLESS = frozenset(
     (
         "cache_position",
-        "cu_seq_lens_k",
-        "cu_seq_lens_q",
         "deterministic",
-        "head_mask",
         "logits_to_keep",
         "max_length_k",
         "max_length_q",
@@ -38,8 +35,6 @@ _HARMLESS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
-        "seq_idx",
-        "sliding_window",
         "use_cache",
     )
 )
@@ -69,6 +64,36 @@ def _prepared_tensor(mask: Tensor, q: Tensor, k: Tensor) -> Tensor | masks.Prepa
     return plan
 
 
+def _documents(
+    q: Tensor, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, seq_idx: Tensor | None
+) -> masks.Mask:
+    """The sequences packed into one, by their bounds [n + 1] or a number a token [B, S]; not all are None."""
+    numbers = None if seq_idx is None else masks.Documents(ids=seq_idx)
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        return numbers
+    if q.shape[0] != 1:
+        raise NotImplementedError(
+            f"cu_seq_lens_q and cu_seq_lens_k bound sequences packed into a batch of 1, got a batch of {q.shape[0]}"
+        )
+    rows = cu_seq_lens_k if cu_seq_lens_q is None else cu_seq_lens_q
+    bounds = masks.Documents(rows, cu_seq_lens_k)
+    return bounds if numbers is None else bounds & numbers
+
+
+def _mask_of_keywords(causal: bool, sliding_window: int | None, Sq: int, Sk: int) -> masks.Mask | None:
+    """What hides keys where a model gives no mask."""
+    mask = masks.Causal() if causal and Sq > 1 else None
+    if sliding_window is None:
+        return mask
+    if Sq not in (1, Sk):
+        raise NotImplementedError(
+            f"sliding_window={sliding_window} without a mask is served for 1 query row or as many as keys, got {Sq} "
+            f"rows and {Sk} keys"
+        )
+    window = masks.SlidingWindow(sliding_window - 1, sliding_window - 1, lower_right=True)
+    return window if mask is None else mask & window
+
+
 def attention_function(
     module: torch.nn.Module,
     query: Tensor,
@@ -81,9 +106,16 @@ def attention_function(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     **keywords,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [B, Hq, Sq, D] -> (out [B, Sq, Hq, Dv], weights or None).
+
+    A mask that is given holds causality and the window; is_causal and sliding_window count without one. Packed
+    sequences, by cu_seq_lens_q and cu_seq_lens_k or by seq_idx, are kept apart beside any mask.
 
     Raises NotImplementedError for a keyword that would change the result and is not served.
     """
@@ -94,7 +126,15 @@ def attention_function(
             "use another attn_implementation for this model"
         )
     mask, bias = attention_mask, position_bias
+    packing = (cu_seq_lens_q, cu_seq_lens_k, seq_idx)
+    packed = any(t is not None for t in packing)
+    if packed and isinstance(mask, Tensor):
+        raise NotImplementedError(
+            "a mask tensor together with cu_seq_lens_q, cu_seq_lens_k or seq_idx: give one of them for the packing"
+        )
     if isinstance(mask, ModelMask):
+        if packed:
+            mask = mask.within(packing, lambda: _documents(query, *packing))
         if mask.bias is not None:
             bias = mask.bias if bias is None else bias + mask.bias
         mask = mask.prepared(query, key)
@@ -104,9 +144,12 @@ def attention_function(
         bias, mask = hidden if bias is None else bias + hidden, None
     elif isinstance(mask, Tensor):
         mask = _prepared_tensor(mask, query, key)
-    elif mask is None and query.shape[2] > 1:
+    elif mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        mask = masks.Causal() if causal else None
+        mask = _mask_of_keywords(causal, sliding_window, query.shape[2], key.shape[2])
+        if packed:
+            documents = _documents(query, *packing)
+            mask = documents if mask is None else mask & documents
     weights = bool(keywords.get("output_attentions"))
     results = attention(
         query,
