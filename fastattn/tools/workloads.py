@@ -136,12 +136,13 @@ class Workload:
 
     @property
     def ceiling(self) -> str | None:
-        """The ceiling that bounds it: a dtype's arithmetic, "read" or "copy" (see `ceilings.py`); None for what
-        no machine's limit explains, a call's latency, the building of a mask from its formula, a whole model."""
+        """The ceiling that bounds it: a dtype's arithmetic ("fp16-training" where the backward's is another),
+        "read" or "copy" (see `ceilings.py`); None for what no machine's limit explains, a call's latency, the
+        building of a mask from its formula, a whole model."""
         if self.op in ("mask-build", "model") or "latency" in self.features:
             return None
         if self.unit == "flops":
-            return self.dtype
+            return "fp16-training" if self.dtype == "fp16" and self.training else self.dtype
         return "read" if self.op in ("attention", "mask-scan") else "copy"
 
     @functools.cached_property
