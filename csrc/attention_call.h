@@ -22,7 +22,8 @@ inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tens
   a.storage = storage_of(q, "q");
   a.call = next_call();
   set_operands(&a, q, k, v);
-  STD_TORCH_CHECK(a.Sk < INT32_MAX && a.Sq < INT32_MAX, "fastattn: sequences must be shorter than 2^31 - 1");
+  STD_TORCH_CHECK(a.Sk < INT32_MAX && a.Sq < INT32_MAX,
+                  "fastattn: q and k must have fewer than 2^31 - 1 rows, got ", a.Sq, " and ", a.Sk);
   a.has_band_lo = o.band_lo.has_value(), a.has_band_hi = o.band_hi.has_value();
   a.band_lo = o.band_lo.value_or(0), a.band_hi = o.band_hi.value_or(0);
   set_options(&a, q, o);

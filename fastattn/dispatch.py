@@ -17,6 +17,9 @@ from . import _cuda_library, _triton
 from .problem import Problem, name_of
 from .row_problem import RowProblem
 
+# A position is an int32 in the CPU kernels, and so is the end of a range.
+MOST_ROWS = 2**31 - 1
+
 # The CPU kernel's routes by shape are the op's own rule; see csrc/ops_attention.cpp.
 Refusal = Callable[[Any], "str | None"]
 
@@ -99,8 +102,9 @@ def _refuse_cpu(p: Problem) -> str | None:
         return "float64 is computed by the reference"
     if p.has_tangents():
         return _FORWARD_AD
-    if max(p.Sq, p.Sk) >= 2**31 - 1:
-        return "sequences of 2^31 - 1 rows and more"
+    for name, size in (("query rows", p.Sq), ("keys", p.Sk)):
+        if size >= MOST_ROWS:
+            return f"{size} {name}, the CPU kernels take fewer than 2^31 - 1"
     return None
 
 

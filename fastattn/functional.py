@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _info, _triton, ops, reference
-from .dispatch import Choice, choose, features
+from .dispatch import MOST_ROWS, Choice, choose, features
 from .masks import Causal, Mask, Prepared, native
 from .masks.lower import Lowered, lower, narrowed
 from .problem import Problem, attention_problem
@@ -164,7 +164,9 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if k.dtype != dtype or v.dtype != dtype or not (q.is_cpu and k.is_cpu and v.is_cpu) or shape[3] == 0:
         return False
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or _autocast_enabled("cpu"):
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or shape[2] >= MOST_ROWS:
+        return False
+    if _autocast_enabled("cpu"):
         return False
     return forward_ad._current_level < 0 and _interpreter() is None
 

@@ -184,14 +184,54 @@ def test_a_window_without_a_mask():
     assert torch.equal(called(mask, sliding_window=5), called(mask))
 
 
-def test_a_packed_llama_is_its_sequences():
-    """Bounds alone keep them apart: rotary positions need not start anew, only distances count."""
+def tiny_llama():
     config = transformers.LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.5,
     )  # fmt: skip
     config._attn_implementation = "fastattn"
-    model = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("mask", ["none", "ones", "padding", "dense"])
+@pytest.mark.parametrize("way", ["whole", "training", "in two parts", "swapped"])
+def test_a_future_token_does_not_change_the_logits_before(way, mask):
+    model, ids = tiny_llama(), torch.randint(0, 97, (2, 24))
+    if way == "swapped":
+        model.set_attn_implementation("eager")
+        fastattn.swap(model)
+    given = None if mask == "none" else torch.ones(2, 24).long()
+    if mask == "padding":
+        given[0, :5] = 0
+    if mask == "dense":
+        given = torch.ones(24, 24).bool().tril().expand(2, 1, 24, 24)
+
+    def logits(ids):
+        if way != "in two parts":
+            return model.train(way == "training")(ids, attention_mask=given).logits
+        cache = transformers.DynamicCache(config=model.config)
+        parts = []
+        for first, last in ((0, 9), (9, 24)):
+            seen = (
+                given
+                if given is None
+                else given[..., first:last, :last]
+                if mask == "dense"
+                else given[:, :last]
+            )
+            parts.append(model(ids[:, first:last], attention_mask=seen, past_key_values=cache).logits)
+        return torch.cat(parts, 1)
+
+    other = ids.clone()
+    other[:, 17] = (ids[:, 17] + 1) % 97
+    before, after = logits(ids), logits(other)
+    assert torch.equal(before[:, :17], after[:, :17])
+    assert (before[:, 17:] - after[:, 17:]).abs().amax((0, 2)).min() > 1e-4
+
+
+def test_a_packed_llama_is_its_sequences():
+    """Bounds alone keep them apart: rotary positions need not start anew, only distances count."""
+    model = tiny_llama()
     ids = torch.randint(0, 97, (1, 24))
     with torch.no_grad():
         packed = model(ids, cu_seq_lens_q=BOUNDS, cu_seq_lens_k=BOUNDS, max_length_q=17, max_length_k=17)
