@@ -275,13 +275,19 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", VIEWS)
-def test_views(view, dtype):
-    q, k, v = (VIEWS[view](t) for t in inputs(2, 4, 4, 67, 97, 64, 64, dtype))
-    expected = fastattn.attention(q.contiguous(), k.contiguous(), v.contiguous())
-    actual = fastattn.attention(q, k, v)
-    assert torch.equal(actual, expected)
+def test_views(isa, view, dtype, threads):
+    """Of all operands, and of each beside contiguous ones; for a tile of rows and for decode's few."""
+    threads(1)
+    for rows, mask in ((67, masks.KeyPadding([97, 40])), (3, None)):
+        plain = inputs(2, 4, 4, rows, 97, 64, 64, dtype)
+        seen = [VIEWS[view](t) for t in plain]
+        for at in (slice(3), slice(0, 1), slice(1, 2), slice(2, 3)):
+            given = list(plain)
+            given[at] = seen[at]
+            expected = fastattn.attention(*(t.contiguous() for t in given), mask=mask)
+            assert torch.equal(fastattn.attention(*given, mask=mask), expected)
 
 
 def test_fused_qkv_view():
