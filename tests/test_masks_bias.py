@@ -232,6 +232,7 @@ def test_export():
 
 def test_transforms_and_fake_tensors_take_a_bias_unread():
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     q, k, v = inputs()
     biases = torch.stack([hiding(WINDOW), hiding(DOCUMENTS), torch.randn(S, S)])
@@ -250,6 +251,8 @@ def test_transforms_and_fake_tensors_take_a_bias_unread():
     with mode:
         fake = fastattn.attention(*operands[:3], bias=operands[3])
     assert fake.shape == expected.shape[1:]
+    traced = make_fx(call)(biases[0])
+    torch.testing.assert_close(traced(biases[1]), expected[1])
 
 
 @pytest.mark.filterwarnings("error:.*batching rule")

@@ -334,8 +334,9 @@ def narrowed(lowered: Lowered, bias: Tensor) -> Lowered:
     """A lowered mask without the granules that a bias [B or 1, Hq or 1, Sq or 1, Sk or 1] hides whole by -inf.
 
     For speed alone: kernels hide each -inf of a bias themselves. So the mask stays as it is where a look would cost
-    more than it can save or has no answer: off the CPU (the host would wait), in short calls, under torch.func, for
-    fake tensors, and for a bias without rows while torch.compile traces or where its keys have gaps.
+    more than it can save or has no answer: off the CPU (the host would wait), in short calls, under torch.func and
+    dispatch modes, for fake tensors, and for a bias without rows while torch.compile traces or where its keys have
+    gaps.
     """
     shape = lowered.shape()
     if shape.device.type != "cpu" or bias.numel() == 0 or bias.shape[3] == 1:
@@ -344,7 +345,7 @@ def narrowed(lowered: Lowered, bias: Tensor) -> Lowered:
         plain = type(bias) in (Tensor, torch.nn.Parameter)
         if not plain or shape.Sq <= _DECODE_ROWS or shape.Sk <= GRANULE:
             return lowered
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
             return lowered
     once = unbroadcast(bias.detach())
     if once.shape[3] == 1:
