@@ -37,8 +37,8 @@ TARGETS = {
         "avx2": ["-mavx2", "-mfma", "-mf16c", "-ffp-contract=off"],
         "avx512": [*AVX512, "-ffp-contract=off"],
         "avx512_bf16": [*AVX512, "-mavx512bf16", "-ffp-contract=off"],
-        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-ffp-contract=off"],
-        "amx_emulated": [*AVX512, "-mavx512bf16", "-ffp-contract=off"],
+        "amx": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16", "-ffp-contract=off"],
+        "amx_emulated": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-ffp-contract=off"],
     },
     "aarch64": {"scalar": ["-ffp-contract=off"], "neon": ["-ffp-contract=off"]},
 }

@@ -34,6 +34,16 @@ def inputs(B, Hq, Hkv, Sq, Sk, D, Dv, dtype):
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
+def attend(q, k, v, mask, integers=False):
+    """out and lse. `integers`: out of a call that does not ask for lse, whose weights are made by integers."""
+    out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True)
+    return (fastattn.attention(q, k, v, mask=mask) if integers else out), lse
+
+
+# What makes the weights: fp32 in both, and integers in bf16.
+WAYS = [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+
+
 def assert_right(q, k, v, mask=None, **features):
     """out by the error rule, beside torch's error where torch has the features; lse closely."""
     dense = mask if mask is None else mask.to_dense(q.shape[2], k.shape[2], *q.shape[:2])
@@ -49,8 +59,10 @@ def assert_right(q, k, v, mask=None, **features):
         theirs = F.scaled_dot_product_attention(q, k2, v2, attn_mask=dense)
     out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True, **features)
     scale = 1 / (1 - features.get("dropout_p", 0))
-    verdict = error_rule(out, exact, theirs, magnitude=scale * v.abs().max().item())
-    assert verdict, verdict.reason
+    magnitude = scale * v.abs().max().item()
+    for ours in [out] if features else [out, fastattn.attention(q, k, v, mask=mask)]:
+        verdict = error_rule(ours, exact, theirs, magnitude=magnitude)
+        assert verdict, verdict.reason
     seen = exact_lse != -math.inf
     assert torch.equal(lse != -math.inf, seen)
     assert (lse - exact_lse)[seen].abs().max() < 2e-5 * exact_lse[seen].abs().max().clamp(1)
@@ -140,44 +152,43 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sequence", SEQUENCES)
-def test_sequences_of_granules_exactly(tiles, dtype, sequence):
+def test_sequences_of_granules_exactly(tiles, way, sequence):
     whole = granules([sequence, sequence[::-1]])
     for Sq, Sk in (whole.shape, (100, whole.shape[1] - 9), (20, whole.shape[1])):
         mask = whole[:Sq, :Sk].contiguous()
         result = check_visible(
-            lambda q, k, v, mask=mask: fastattn.attention(q, k, v, mask=mask, return_lse=True),
-            mask, 1, 2, 1, dtype,
-        )  # fmt: skip
+            lambda q, k, v, mask=mask: attend(q, k, v, mask, way[1]), mask, 1, 2, 1, way[0]
+        )
         assert result, str(result)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("D", [32, 64, 128, 256])
-def test_random_bits_exactly(tiles, dtype, D):
+def test_random_bits_exactly(tiles, way, D):
     """Whatever the tiles do meanwhile, and whatever runs of keys and halves fall away."""
     for share in (0.5, 0.02, 0.001):
         mask = torch.rand(2, 1, 150, 330) < share
         result = check_visible(
-            lambda q, k, v, mask=mask: fastattn.attention(q, k, v, mask=mask, return_lse=True),
-            mask, 2, 4, 2, dtype, D=D, Dv=96,
-        )  # fmt: skip
+            lambda q, k, v, mask=mask: attend(q, k, v, mask, way[1]), mask, 2, 4, 2, way[0], D=D, Dv=96
+        )
         assert result, str(result)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("D", [64, 80])
-def test_hidden_numbers_change_no_bit(tiles, dtype, poison, D):
+def test_hidden_numbers_change_no_bit(tiles, way, poison, D):
+    dtype, integers = way
     q, k, v = inputs(2, 4, 2, 100, 200, D, 64, dtype)
     seen = torch.rand(100, 200) > 0.4
     seen[:, 11] = False
     seen[:, 77] = torch.arange(100) == 5
-    clean, clean_lse = fastattn.attention(q, k, v, mask=seen, return_lse=True)
+    clean, clean_lse = attend(q, k, v, seen, integers)
     k2, v2 = k.clone(), v.clone()
     k2[:, :, 11], v2[:, :, 11], v2[:, :, 77] = poison, poison, poison
-    out, lse = fastattn.attention(q, k2, v2, mask=seen, return_lse=True)
+    out, lse = attend(q, k2, v2, seen, integers)
     others = torch.arange(100) != 5
     assert torch.equal(out[:, :, others], clean[:, :, others]) and torch.equal(lse, clean_lse)
     assert not torch.isfinite(out[:, :, 5]).any()
@@ -188,14 +199,18 @@ def test_same_bits_at_every_thread_count_and_order(tiles, dtype, threads, task_o
     """What a thread keeps of a head it has packed must not show."""
     q, k, v = inputs(2, 6, 2, 200, 333, 64, 64, dtype)
     for mask in (None, masks.CausalLowerRight()):
-        arguments = dict(mask=mask, dropout_p=0.2, dropout_seed=5, return_lse=True)
+
+        def run(mask=mask):
+            dropped = fastattn.attention(q, k, v, mask=mask, dropout_p=0.2, dropout_seed=5, return_lse=True)
+            return *dropped, fastattn.attention(q, k, v, mask=mask)
+
         threads(1)
-        expected = fastattn.attention(q, k, v, **arguments)
+        expected = run()
         for n in (1, 2, 3):
             threads(n)
             for seed in (0, 1, 17):
                 task_order(seed)
-                for a, b in zip(fastattn.attention(q, k, v, **arguments), expected, strict=True):
+                for a, b in zip(run(), expected, strict=True):
                     assert torch.equal(a, b)
             task_order(0)
 
@@ -294,3 +309,63 @@ def test_a_nan_that_is_seen_reaches_the_lse(tiles, where):
     out, lse = fastattn.attention(q, k, v, return_lse=True)
     assert out[0, 0].isnan().all() and lse[0, 0].isnan().all()
     assert out[0, 1].isfinite().all() and lse[0, 1].isfinite().all()
+    alone = fastattn.attention(q, k, v)
+    assert alone[0, 0].isnan().all() and alone[0, 1].isfinite().all()
+
+
+def plain_weights(q, k, mask=None):
+    """The weights [Sq, Sk] that a call without lse gives 128 keys: its outputs, where values are unit vectors."""
+    keys = k.shape[2]
+    v = torch.eye(keys, dtype=torch.bfloat16)[None, None]
+    return torch.cat([fastattn.attention(q, k, part, mask=mask, scale=1.0) for part in v.split(64, -1)], -1)[
+        0, 0
+    ]
+
+
+def test_weights_by_integers_are_close(tiles):
+    """Each to 1 % of itself, down to 2^-100 of the largest; their own rounding and that of the output count 4e-3."""
+    q = torch.zeros(1, 1, 64, 32, dtype=torch.bfloat16)
+    k = torch.zeros(1, 1, 128, 32, dtype=torch.bfloat16)
+    q[..., 0], q[..., 1] = 1, torch.linspace(0.1, 120, 64).bfloat16()
+    k[..., 0], k[..., 1] = torch.rand(128).bfloat16(), -torch.rand(128).bfloat16()
+    ours = plain_weights(q, k).double()
+    exact = (q.double() @ k.double().mT)[0, 0].softmax(-1)
+    large = exact > 2.0**-100
+    assert (ours / exact - 1)[large].abs().max() < 1e-2
+    assert 0.7 < large.float().mean() < 0.99 and ours[~large].max() < 2.0**-98
+
+
+def test_weights_by_integers_where_scores_are_extreme(tiles):
+    """Equal keys share at any height; keys far below are 0, and one far above leaves nothing to the rest.
+
+    Differences of more than 16384 octaves no integer holds: then fp32 makes the weights, to its rounding to bf16.
+    """
+    for height in (0.0, 1e3, -1e3, 8e3, -8e3, 3e4, -3e4, 1e6, -1e6):
+        q = torch.ones(1, 1, 16, 32, dtype=torch.bfloat16)
+        k = torch.full((1, 1, 128, 32), height / 32, dtype=torch.bfloat16)
+        assert torch.equal(plain_weights(q, k), torch.full((16, 128), 1 / 128, dtype=torch.bfloat16))
+        k[0, 0, 100, 0] += max(abs(height), 300.0)
+        alone = (torch.arange(128) == 100).bfloat16().expand(16, 128)
+        ours = plain_weights(q, k)
+        assert torch.equal(ours, alone) if abs(height) < 1e4 else (ours - alone).abs().max() <= 2**-8
+        hidden = torch.arange(128) != 100
+        assert torch.equal(plain_weights(q, k, hidden[None]), (hidden / 127).bfloat16().expand(16, 128))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.nan])
+@pytest.mark.parametrize("where", [3, 70, 127])
+def test_weights_by_integers_of_numbers_that_are_not_finite(tiles, score, where):
+    """NaN of either sign and infinity are in no range: where they are seen the row is NaN."""
+    q, k, v = inputs(1, 1, 1, 40, 128, 32, 32, torch.bfloat16)
+    k[0, 0, where, 5] = score
+    lost = torch.full((40,), math.isnan(score)) | (q[0, 0, :, 5] > 0)  # the others' score is -inf
+    out = fastattn.attention(q, k, v)[0, 0]
+    assert out[lost].isnan().all() and out[~lost].isfinite().all()
+    hidden = torch.arange(128) != where
+    assert fastattn.attention(q, k, v, mask=hidden[None]).isfinite().all()
+
+
+def test_one_key_alone_is_its_value(tiles):
+    q, k, v = inputs(2, 2, 2, 70, 70, 64, 64, torch.bfloat16)
+    for integers in (False, True):
+        assert torch.equal(attend(q, k, v, torch.eye(70, dtype=torch.bool), integers)[0], v)

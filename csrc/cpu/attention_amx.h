@@ -9,9 +9,13 @@
 // the values of the unit before and start the scores of the unit after, a tile product every few vectors.
 //
 // A row keeps the pivot it got from its first unit, 7 over the maximum as an exponent of 2, until a weight
-// reaches 2: the bits of all weights are or-ed, and one bit of the result tells. Then the unit is done again
-// with new pivots. So nothing looks for maxima, nothing waits for them, and O^T is hardly ever rescaled.
-// Weights of 2^-7 are as exact as those of 1, except that products with values under 2^-119 may become 0.
+// reaches 2: the bits of all weights are or-ed, and they tell. Then the unit is done again with new pivots.
+// So nothing looks for maxima, nothing waits for them, and O^T is hardly ever rescaled. Weights of 2^-7 are
+// as exact as those of 1, except that products with values under 2^-119 may become 0.
+//
+// Where nobody asked for lse and nothing but the scale changes a score, weights in bf16 are made by integers
+// (FixedExp2) and summed as they were rounded; then the sum is no better than they are, 4e-3 of a single
+// weight, so lse is left to the weights in fp32.
 //
 // fp16 is split into two bf16, high + low. Its scores take four products for one and are as exact as those of
 // fp32: of logits in the thousands the part that low * low has decides. Its values take three; there low *
@@ -20,17 +24,26 @@
 // Measured on a Xeon, a unit of bf16 with D = Dv, K and V out of the second-level cache, without what a task
 // costs beside its units; cycles of the time stamp, 2.6 GHz, where the core ran at 2.6 to 3.2:
 //
-//    D    products (13.4 each)   vectors alone   both, loads and stores left out   all of it
-//    64      32    430                490                     780                   1500-1600
-//   128      64    860                640                    1350                   2800-3100
+//    D    products (13.4 each)   vectors in fp32   both, loads and stores left out   all of it, fp32   by
+//    integers 64      32    430                490                     780                     1400-1500
+//    1300-1400
+//   128      64    860                640                    1350                     2700-2900 2600-2800
 //
 //   - Beside tile instructions the fp32 operations of 512 bits run on one port of two. A vector of weights
-//     takes 8 of them, 128 a unit. Integer operations, shuffles and vectors of 256 bits do not suffer, which
-//     is why weights are rounded and joined to pairs by integers.
-//   - The rest is the first-level cache. With K and V in 2 KB of it a unit takes 1150 (D = 64) and 2050; what
-//     lives there (Q^T, O^T, two units of scores, 28 and 40 KB) and the 16 and 32 KB a unit reads are more
-//     than its 48. Neither prefetching, nor units of 32 keys, nor strips of 16 rows did better, and one pass
+//     takes 8 of them, 128 a unit. Integer operations, shuffles and vectors of 256 bits do not suffer. By
+//     integers a weight takes one and a half, which in a bare loop that keeps O^T in the registers (16 rows,
+//     D = 64) was 25 % of the time; here it is 4 to 8 %, since what is next is the bound:
+//   - The first-level cache. Loads and stores of tiles without any vectors, all of them hits, take 86 cycles
+//   a
+//     step of four products where the products take 64. With K and V in 2 KB of it a unit takes 1150 (D = 64)
+//     and 2050; what lives there (Q^T, O^T, two units of scores, 28 and 40 KB) and the 16 and 32 KB a unit
+//     reads are more than its 48. Neither prefetching, nor units of 32 keys, nor strips of 16 rows with O^T
+//     in the registers did better than this by more than 7 % (D = 64; worse by 8 % at D = 128), and one pass
 //     after the other only worse, by 12 %, where K and V are more than the second level holds.
+//   - A load that needs two stores, or part of one in a vector, waits until all stores before it are done,
+//   those
+//     of the tiles too. So products are written where they are read, and between tile products the compiler
+//     may keep what it has in registers (load_free, store_free): 3 to 8 % of a call.
 //   - Left idle for some 1500 cycles the matrix unit takes 700 to come back.
 //   - A task costs some 5000 cycles beside its units: 64 rows of Q and of O transposed, the first scores and
 //     last values with nothing to overlap, and a granule of V packed a head and thread.
@@ -81,6 +94,31 @@ struct AmxBuffers {
   }
 };
 
+// Scores without terms, whose weights are made by integers.
+struct FixedScale {};
+
+// From scores to weights: what a unit needs of scale and pivots.
+template <class Units>
+struct ScoreLine {
+  F32 scale, pivot;
+  explicit ScoreLine(float scale) : scale(splat(scale)) {}
+  void start(F32 of_rows) { pivot = of_rows; }
+  // A weight of 2 or more, or NaN: the uppermost bit of its exponent is set.
+  bool exceeded(I32 bits) const { return any_bits(bits, 0x40000000); }
+};
+template <>
+struct ScoreLine<FixedScale> {
+  F32 scale, offset;
+  FixedExp2 exp2;
+  explicit ScoreLine(float scale) : scale(splat(scale * FixedExp2::kOne)) {}
+  void start(F32 pivot) { offset = splat(FixedExp2::kOffset) - pivot * splat(FixedExp2::kOne); }
+  template <bool MASKED>
+  FASTATTN_INLINE I32 exponent(F32 score, Mask seen) const {
+    return MASKED ? exp2.fixed(score, scale, offset, seen) : exp2.fixed(score, scale, offset);
+  }
+  bool exceeded(I32 bits) const { return exp2.exceeded(bits); }
+};
+
 template <class T>
 class AmxForward {
   static constexpr int kParts = kTileParts<T>;
@@ -123,6 +161,17 @@ class AmxForward {
     int count_live() const { return live(0) + live(1); }
   };
 
+  // What the tiles do during a softmax, in this order: the values of the unit before it, the scores of the
+  // next. Written where they are read, a word at a time: to copy in vectors what was just written in words
+  // waits for every store before it, those of the tiles too.
+  struct Products {
+    TileProduct values, scores;
+    bool has_values = false, has_scores = false;
+
+    const TileProduct* begin() const { return has_values ? &values : &scores; }
+    const TileProduct* end() const { return has_scores ? &scores + 1 : &scores; }
+  };
+
   AmxForward(const AttentionArgs& a, const TaskRows& t, void* scratch, bool exact)
       : a_(a),
         D_(padded_width(a.D)),
@@ -136,7 +185,8 @@ class AmxForward {
         passes_((t.count + kPass - 1) / kPass),
         pass_(passes_),
         terms_(has_score_terms(a)),
-        exact_(exact) {
+        exact_(exact),
+        integers_(kParts == 1 && !(terms_ || a.dropout || exact || a.lse)) {
     for (int i = 0; i < passes_ * kPass; i += kLanes) {
       store(buf_.max + i, splat(-__builtin_inff()));
       store(buf_.sum + i, zero());
@@ -170,35 +220,38 @@ class AmxForward {
   // Softmax of one unit, with the values of the unit before it and the scores of the next on the tiles.
   void walk() {
     Unit *now = &unit_[0], *next = &unit_[1];
-    if (next_unit(now)) {
-      TileProduct product[2] = {scores_of(*now)};
-      TileQueue(tiles_, product, product + 1).drain();
-      int values = 0;
-      for (bool more = true; more;) {
-        more = next_unit(next);
-        if (more) product[values] = scores_of(*next);
-        softmax_of(*now, TileQueue(tiles_, product, product + values + more), more);
-        product[0] = values_of(*now);
-        values = 1;
-        Unit* done = now;
-        now = next, next = done;
-      }
-      TileQueue(tiles_, product, product + 1).drain();
+    if (!next_unit(now)) return;
+    set_scores(*now);
+    multiply();
+    products_.has_scores = false;
+    for (bool more = true; more;) {
+      more = next_unit(next);
+      if (more) set_scores(*next);
+      softmax_of(*now);
+      products_.has_scores = false;
+      set_values(*now);
+      Unit* done = now;
+      now = next, next = done;
     }
+    multiply();
   }
 
   // A unit at a time, values that are not finite kept out of the products and added where they are seen.
   void walk_exactly() {
     Unit& u = unit_[0];
     while (next_unit(&u)) {
-      const TileProduct scores = scores_of(u);
-      TileQueue(tiles_, &scores, &scores + 1).drain();
-      softmax_of(u, TileQueue(tiles_, nullptr, nullptr), 0);
-      const TileProduct values = values_of(u);
-      TileQueue(tiles_, &values, &values + 1).drain();
+      products_.has_values = false;
+      set_scores(u);
+      multiply();
+      products_.has_scores = false;
+      softmax_of(u);
+      set_values(u);
+      multiply();
       for (uint64_t keys = u.poisoned; keys; keys &= keys - 1) add_where_seen(u, __builtin_ctzll(keys));
     }
   }
+
+  void multiply() { TileQueue(tiles_, products_.begin(), products_.end()).drain(); }
 
   void add_where_seen(const Unit& u, int j) {
     const T* v = head_.value(u.key + j);
@@ -281,32 +334,49 @@ class AmxForward {
     } else {
       for (int j = 0; j < kGranule; ++j) u->words[j] = j < granule_.keys ? ~0u : 0;
     }
-    uint32_t seen = 0, unseen = 0;
+    uint32_t seen = 0, all = ~0u;
     for (int r = 0; r < kRuns; ++r) {
-      const I32 words = load((const int32_t*)u->words + r * kRun);
-      seen |= u->rows[r] = any_of(words);
-      unseen |= any_of(words ^ splat_int(-1));
+      const RunWords words(u->words + r * kRun);
+      seen |= u->rows[r] = words.any;
+      all &= words.all;
     }
     // A granule that other rows see in part.
-    if (!unseen && !exact_) u->masked = false;
+    if (all == ~0u && !exact_) u->masked = false;
     return seen != 0;
   }
 
-  TileProduct scores_of(const Unit& u) const {
+  // What any and all of a run's words have. Two words at a time, as they were written: a vector of them would
+  // wait for the stores of the tiles.
+  struct RunWords {
+    uint32_t any, all;
+    explicit RunWords(const uint32_t* words) {
+      uint64_t some = 0, every = ~0ull;
+      for (int j = 0; j < kRun; j += 2) {
+        uint64_t two;
+        memcpy(&two, words + j, 8);
+        __asm__("" : "+r"(two));  // not to be joined into vectors
+        some |= two, every &= two;
+      }
+      any = uint32_t(some | some >> 32), all = uint32_t(every & every >> 32);
+    }
+  };
+
+  void set_scores(const Unit& u) {
     const auto& k = u.data;
     const int64_t first = u.first_live() * kBlockSide;
-    TileProduct p{};
+    TileProduct& p = products_.scores;
     p.a = k.k + first * k.k_row, p.a_row = k.k_row, p.a_tile = kTileSide * k.k_row;
     p.a_step = kTileRowBytes, p.a_low = D_ * 2, p.legs = kParts * kParts;
     p.b = buf_.q[u.pass], p.b_low = D_ / 2 * kPassBytes;
     p.c = buf_.scores[u.slot] + first * kPassBytes;
     p.steps = int(D_ / kBlockSide), p.tiles = 2 * u.count_live();
-    return p;
+    p.accumulate = false;
+    products_.has_scores = true;
   }
 
-  TileProduct values_of(const Unit& u) {
+  void set_values(const Unit& u) {
     const int64_t first = u.first_live();
-    TileProduct p{};
+    TileProduct& p = products_.values;
     p.a = u.data.v + first * kTileBytes, p.a_row = kTileRowBytes, p.a_step = kTileBytes;
     p.a_low = 2 * kTileBytes, p.a_tile = kParts * p.a_low, p.legs = kParts == 1 ? 1 : 3;
     p.b = buf_.scores[u.slot] + first * kStepBytes;
@@ -315,24 +385,36 @@ class AmxForward {
     p.steps = u.count_live(), p.tiles = int(Dv_ / kTileSide);
     p.accumulate = started_[u.pass];
     started_[u.pass] = true;
-    return p;
+    products_.has_values = true;
   }
 
-  // `after`: how many products of the queue do not belong to units before this one.
-  void softmax_of(Unit& u, TileQueue queue, int after) {
+  void softmax_of(Unit& u) {
     add_terms(u);
     const bool fast = ready_[u.pass];
     if (!fast) {
-      queue.drain_to(after);
+      // Values of units before this one first: the sums of O^T are about to change.
+      TileQueue(tiles_, products_.begin(), &products_.scores).drain();
+      products_.has_values = false;
       set_pivots(u);
     }
-    if (weigh(u, queue, fast)) return;
+    if (weigh(u, fast || integers_)) return;
     // A score went past its row's pivot: new pivots, and the scores once more, which the weights lie over.
-    const TileProduct scores = scores_of(u);
-    TileQueue(tiles_, &scores, &scores + 1).drain();
+    // What integers cannot hold even then is not finite.
+    start_again(u);
+    if (integers_) {
+      if (weigh(u, true)) return;
+      start_again(u);
+    }
+    weigh_in_fp32(u, false);
+  }
+
+  void start_again(Unit& u) {
+    products_.has_values = false;
+    set_scores(u);
+    multiply();
+    products_.has_scores = false;
     add_terms(u);
     set_pivots(u);
-    weigh(u, TileQueue(tiles_, nullptr, nullptr), false);
   }
 
   void add_terms(Unit& u) {
@@ -363,7 +445,9 @@ class AmxForward {
       const F32 before = load(pivots), maximum = Units::maximum(top, scale);
       const Mask grown = maximum > before + unit;
       if (any(grown)) {
-        const F32 now = select(grown, fma(unit, splat(kMargin), maximum), before);
+        F32 now = fma(unit, splat(kMargin), maximum);
+        if (integers_) now = now - fraction(now);  // FixedExp2 wants it whole
+        now = select(grown, now, before);
         const F32 alpha = select(grown, exp2<5>(Units::difference(before, now)), splat(1.f));
         store(pivots, now);
         store(sums, load(sums) * alpha);
@@ -377,33 +461,45 @@ class AmxForward {
 
   // A unit of softmax is 32 sites of two pairs of keys; RATE tile products go to each. `check`: false
   // where a weight is past what its pivot allows, and the sums as they were.
-  bool weigh(const Unit& u, const TileQueue& queue, bool check) {
-    return u.masked ? weigh<true>(u, queue, check) : weigh<false>(u, queue, check);
-  }
-  template <bool MASKED>
-  bool weigh(const Unit& u, const TileQueue& queue, bool check) {
-    if (terms_) {
-      return a_.dropout ? weigh<NaturalScores, MASKED, true, 2>(u, queue, check)
-                        : weigh<NaturalScores, MASKED, false, 2>(u, queue, check);
+  bool weigh(const Unit& u, bool check) {
+    if constexpr (kParts == 1) {
+      if (integers_) return weigh_at_rate<FixedScale>(u, check);
     }
-    if (a_.dropout) return weigh<FoldedScale, MASKED, true, 2>(u, queue, check);
+    return weigh_in_fp32(u, check);
+  }
+  bool weigh_in_fp32(const Unit& u, bool check) {
+    if (a_.dropout) {
+      return terms_ ? weigh_masked<NaturalScores, true, 2>(u, check)
+                    : weigh_masked<FoldedScale, true, 2>(u, check);
+    }
+    return terms_ ? weigh_masked<NaturalScores, false, 2>(u, check) : weigh_at_rate<FoldedScale>(u, check);
+  }
+  template <class Units>
+  bool weigh_at_rate(const Unit& u, bool check) {
     const int64_t width = kParts == 1 ? D_ + Dv_ : 4 * D_ + 3 * Dv_;
-    if (width <= 128) return weigh<FoldedScale, MASKED, false, 1>(u, queue, check);
-    if (width <= 256) return weigh<FoldedScale, MASKED, false, 2>(u, queue, check);
-    return weigh<FoldedScale, MASKED, false, 4>(u, queue, check);
+    if (width <= 128) return weigh_masked<Units, false, 1>(u, check);
+    if (width <= 256) return weigh_masked<Units, false, 2>(u, check);
+    return weigh_masked<Units, false, 4>(u, check);
+  }
+  template <class Units, bool DROPOUT, int RATE>
+  bool weigh_masked(const Unit& u, bool check) {
+    return u.masked ? weigh<Units, true, DROPOUT, RATE>(u, check)
+                    : weigh<Units, false, DROPOUT, RATE>(u, check);
   }
 
   template <class Units, bool MASKED, bool DROPOUT, int RATE>
-  __attribute__((noinline)) bool weigh(const Unit& u, TileQueue queue, bool check) {
+  __attribute__((noinline)) bool weigh(const Unit& u, bool check) {
     const int vectors = vectors_of(u);
-    const F32 scale = splat(a_.scale * kLog2E);
     float *pivots = buf_.max + u.pass * kPass, *sums_at = buf_.sum + u.pass * kPass;
+    TileQueue queue(tiles_, products_.begin(), products_.end());
+    ScoreLine<Units> line(a_.scale * kLog2E);
     Sums sums[2];
+    I32 seen = splat_int(0);
     for (int c = 0; c < vectors; ++c) {
       const F32 pivot = load(pivots + c * kLanes);
       // A row that has seen nothing yet has none; any finite one gives its keys exp2(-inf) = 0.
-      const F32 from = select(pivot > splat(-__builtin_inff()), pivot, zero());
-      Sums s{load(sums_at + c * kLanes), zero(), splat_int(0)};
+      line.start(select(pivot > splat(-__builtin_inff()), pivot, zero()));
+      Sums s{load(sums_at + c * kLanes), zero(), seen};
       for (int r = 0; r < kRuns; ++r) {
         prefetch_.step();
         if (!u.live(r / 2)) continue;
@@ -413,26 +509,22 @@ class AmxForward {
           continue;
         }
         bool busy = false;
-        site<Units, MASKED, DROPOUT, RATE, 0>(w, scale, from, &s, queue, &busy);
-        site<Units, MASKED, DROPOUT, RATE, 1>(w, scale, from, &s, queue, &busy);
-        site<Units, MASKED, DROPOUT, RATE, 2>(w, scale, from, &s, queue, &busy);
-        site<Units, MASKED, DROPOUT, RATE, 3>(w, scale, from, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 0>(w, line, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 1>(w, line, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 2>(w, line, &s, queue, &busy);
+        site<Units, MASKED, DROPOUT, RATE, 3>(w, line, &s, queue, &busy);
       }
-      sums[c] = s;
+      sums[c] = s, seen = s.bits;
     }
     queue.drain();
-    if (check) {
-      I32 large = sums[0].large;
-      if (vectors > 1) large = large | sums[1].large;
-      if (any_bits(large, 0x40000000)) return false;
-    }
+    if (check && line.exceeded(seen)) return false;
     for (int c = 0; c < vectors; ++c) store(sums_at + c * kLanes, sums[c].even + sums[c].odd);
     return true;
   }
 
   struct Sums {
     F32 even, odd;
-    I32 large;  // the bits of all weights; from 2 on the uppermost of the exponent is set
+    I32 bits;  // of all weights, or of all exponents, or-ed
   };
 
   // 16 keys of one lane vector: scores in, pairs of probabilities out, over scores that have been read.
@@ -452,6 +544,7 @@ class AmxForward {
     FASTATTN_INLINE void clear() const {
       for (int i = 0; i < kRun / 2; ++i) put(i, zero(), zero());
     }
+    FASTATTN_INLINE Mask sees(int j) const { return mask_of_bits(seen[j * 2]); }
   };
 
   FASTATTN_INLINE Weights weights_of(const Unit& u, int c, int run) const {
@@ -464,7 +557,7 @@ class AmxForward {
   template <bool MASKED>
   static FASTATTN_INLINE F32 score(const Weights& k, int j) {
     const F32 x = load(k.scores + j * kPass);
-    return MASKED ? select(mask_of_bits(k.seen[j * 2]), x, splat(-__builtin_inff())) : x;
+    return MASKED ? select(k.sees(j), x, splat(-__builtin_inff())) : x;
   }
 
   template <bool MASKED>
@@ -479,7 +572,7 @@ class AmxForward {
 
   // Two pairs of keys and the tile products that go with them.
   template <class Units, bool MASKED, bool DROPOUT, int RATE, int SITE>
-  FASTATTN_INLINE void site(const Weights& k, F32 scale, F32 pivot, Sums* sums, TileQueue& queue,
+  FASTATTN_INLINE void site(const Weights& k, const ScoreLine<Units>& line, Sums* sums, TileQueue& queue,
                             bool* busy) const {
     if constexpr (SITE * RATE % 4 == 0) *busy = queue.busy();  // a step begins
     if (*busy) {
@@ -487,13 +580,26 @@ class AmxForward {
       if constexpr (RATE > 1) queue.template multiply<SITE * RATE % 4 + 1>();
       if constexpr (RATE > 2) queue.template multiply<2>(), queue.template multiply<3>();
     }
-#pragma GCC unroll 2
-    for (int i = 2 * SITE; i < 2 * SITE + 2; ++i) {
-      F32 e0 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i), scale, pivot));
-      F32 e1 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i + 1), scale, pivot));
+    weigh_pair<Units, MASKED, DROPOUT>(k, 2 * SITE, line, sums);
+    weigh_pair<Units, MASKED, DROPOUT>(k, 2 * SITE + 1, line, sums);
+  }
+
+  template <class Units, bool MASKED, bool DROPOUT>
+  FASTATTN_INLINE void weigh_pair(const Weights& k, int i, const ScoreLine<Units>& line, Sums* sums) const {
+    if constexpr (__is_same(Units, FixedScale)) {
+      const I32 x0 = line.template exponent<MASKED>(load(k.scores + 2 * i * kPass), k.sees(2 * i));
+      const I32 x1 = line.template exponent<MASKED>(load(k.scores + (2 * i + 1) * kPass), k.sees(2 * i + 1));
+      sums->bits = or3(sums->bits, x0, x1);
+      const I32 pairs = line.exp2.pairs(x0, x1);
+      F32& sum = i % 2 ? sums->odd : sums->even;
+      sum = line.exp2.add_pairs(pairs, sum);
+      store(k.high + i * kPass, pairs);
+    } else {
+      F32 e0 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i), line.scale, line.pivot));
+      F32 e1 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i + 1), line.scale, line.pivot));
       sums->even = sums->even + e0;
       sums->odd = sums->odd + e1;
-      sums->large = sums->large | bits_of(e0) | bits_of(e1);
+      sums->bits = or3(sums->bits, bits_of(e0), bits_of(e1));
       if constexpr (DROPOUT) e0 = kept(k, 2 * i, e0), e1 = kept(k, 2 * i + 1, e1);
       k.put(i, e0, e1);
     }
@@ -520,12 +626,13 @@ class AmxForward {
   BlockMask::Granule granule_;
   typename PackedHead<T>::Granule data_;
   uint64_t poisoned_ = 0, by_row_[kGranule];
-  const bool terms_, exact_;
+  const bool terms_, exact_, integers_;
   bool hides_keys_ = false, started_[kPasses] = {};
   bool ready_[kPasses] = {};  // all rows have pivots
   int slot_ = 0;
   Prefetch prefetch_;
   Unit unit_[2];
+  Products products_;
 };
 
 template <class T>

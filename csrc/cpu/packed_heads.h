@@ -80,19 +80,15 @@ class PackedHead {
 
   // The granule of keys [key, key + keys), where bit j of `without` makes the values of key j 0. Valid until
   // kSpare others have been asked for.
-  Granule granule(int64_t key, int keys, uint64_t without) {
+  FASTATTN_INLINE Granule granule(int64_t key, int keys, uint64_t without) {
     const int64_t n = key / kGranule;
     const bool keep = n < layout_.kept && !without;
     char* slot = slots_ + (keep ? n : layout_.kept + spare_++ % kSpare) * layout_.slot;
     char* k = layout_.copies_k ? slot : keys < kGranule ? ragged_k_ : nullptr;
     char* v = slot + (layout_.copies_k ? layout_.k : 0);
-    if (!keep || !packed_[n]) {
-      if (k) pad_rows(k_ + key * k_stride_, k_stride_, keys, D_, layout_.D, (BFloat16*)k);
-      pack_values(value(key), keys, without, v);
-      if (keep) packed_[n] = 1;
-    }
-    if (!k) return {(const char*)(k_ + key * k_stride_), k_stride_ * int64_t(sizeof(T)), v};
-    return {k, kParts * layout_.D * 2, v};
+    if (!keep || !packed_[n]) pack(key, keys, without, k, v, keep);
+    return {k ? k : (const char*)(k_ + key * k_stride_),
+            k ? kParts * layout_.D * 2 : k_stride_ * int64_t(sizeof(T)), v};
   }
 
   // Whether a granule has been read since the thread met this head.
@@ -132,6 +128,12 @@ class PackedHead {
     uint64_t call;
     int64_t head;
   };
+
+  __attribute__((noinline)) void pack(int64_t key, int keys, uint64_t without, char* k, char* v, bool keep) {
+    if (k) pad_rows(k_ + key * k_stride_, k_stride_, keys, D_, layout_.D, (BFloat16*)k);
+    pack_values(value(key), keys, without, v);
+    if (keep) packed_[key / kGranule] = 1;
+  }
 
   void pack_values(const T* v, int keys, uint64_t without, char* out) {
     const BFloat16* rows = (const BFloat16*)v;

@@ -16,7 +16,9 @@
 // 140.
 //
 // The matrix unit is fed in program order and works while the core goes on, so whoever owns a queue puts a
-// product between every few vectors of its own work and drains what is left.
+// product between every few vectors of its own work and drains what is left. That work must not touch what
+// the products read and write: only making a queue and draining it are in order with other accesses to
+// memory.
 #pragma once
 
 #include "attention_args.h"
@@ -48,6 +50,7 @@ class TileQueue {
  public:
   TileQueue(Tiles& tiles, const TileProduct* first, const TileProduct* end)
       : tiles_(tiles), at_(first), end_(end) {
+    Tiles::fence();
     if (at_ != end_) start_product();
   }
 
@@ -64,11 +67,7 @@ class TileQueue {
 
   FASTATTN_INLINE void drain() {
     while (busy()) step();
-  }
-
-  // All products but the last `count`.
-  FASTATTN_INLINE void drain_to(int count) {
-    while (end_ - at_ > count) step();
+    Tiles::fence();
   }
 
  private:
@@ -76,20 +75,20 @@ class TileQueue {
   FASTATTN_INLINE void long_chain() {
     if constexpr (I == 0) {
       tiles_.template multiply<0, 2, 4>();
-      tiles_.template load<3>(a_ + at_->a_step, at_->a_row);
-      if (late_) tiles_.template store<1>(late_ + kStripBytes, kPassBytes);
+      tiles_.template load_free<3>(a_ + at_->a_step, at_->a_row);
+      if (late_) tiles_.template store_free<1>(late_ + kStripBytes, kPassBytes);
       start<1>(c_ + kStripBytes);
     } else if constexpr (I == 1) {
       tiles_.template multiply<0, 3, 6>();
     } else if constexpr (I == 2) {
       tiles_.template multiply<1, 2, 5>();
-      tiles_.template store<0>(c_, kPassBytes);
+      tiles_.template store_free<0>(c_, kPassBytes);
     } else {
       tiles_.template multiply<1, 3, 7>();
       late_ = c_;
       a_ += at_->a_tile, c_ += kStepBytes;
       if (--left_ == 0) {
-        tiles_.template store<1>(late_ + kStripBytes, kPassBytes);
+        tiles_.template store_free<1>(late_ + kStripBytes, kPassBytes);
         next_chunk();
       } else {
         start_long_chain();
@@ -98,34 +97,34 @@ class TileQueue {
   }
   // One product ahead of the others, so that none waits for its first rows.
   FASTATTN_INLINE void start_long_chain() {
-    tiles_.template load<2>(a_, at_->a_row);
+    tiles_.template load_free<2>(a_, at_->a_row);
     start<0>(c_);
   }
   template <int I>
   FASTATTN_INLINE void short_chain() {
     if constexpr (I == 0) {
-      tiles_.template load<2>(a_, at_->a_row);
+      tiles_.template load_free<2>(a_, at_->a_row);
       start<0>(c_);
       tiles_.template multiply<0, 2, 4>();
-      if (late_) tiles_.template store<6>(late_, kPassBytes);
+      if (late_) tiles_.template store_free<6>(late_, kPassBytes);
     } else if constexpr (I == 1) {
       start<1>(c_ + kStripBytes);
       tiles_.template multiply<1, 2, 5>();
-      if (late_) tiles_.template store<7>(late_ + kStripBytes, kPassBytes);
+      if (late_) tiles_.template store_free<7>(late_ + kStripBytes, kPassBytes);
     } else if constexpr (I == 2) {
-      tiles_.template load<3>(a_ + at_->a_tile, at_->a_row);
+      tiles_.template load_free<3>(a_ + at_->a_tile, at_->a_row);
       start<6>(c_ + kStepBytes);
       tiles_.template multiply<6, 3, 4>();
-      tiles_.template store<0>(c_, kPassBytes);
+      tiles_.template store_free<0>(c_, kPassBytes);
     } else {
       start<7>(c_ + kStepBytes + kStripBytes);
       tiles_.template multiply<7, 3, 5>();
-      tiles_.template store<1>(c_ + kStripBytes, kPassBytes);
+      tiles_.template store_free<1>(c_ + kStripBytes, kPassBytes);
       late_ = c_ + kStepBytes;
       a_ += 2 * at_->a_tile, c_ += 2 * kStepBytes;
       if ((left_ -= 2) == 0) {
-        tiles_.template store<6>(late_, kPassBytes);
-        tiles_.template store<7>(late_ + kStripBytes, kPassBytes);
+        tiles_.template store_free<6>(late_, kPassBytes);
+        tiles_.template store_free<7>(late_ + kStripBytes, kPassBytes);
         next_chunk();
       }
     }
@@ -133,7 +132,7 @@ class TileQueue {
 
   template <int TILE>
   FASTATTN_INLINE void start(const char* c) {
-    if (accumulate_) tiles_.template load<TILE>(c, kPassBytes);
+    if (accumulate_) tiles_.template load_free<TILE>(c, kPassBytes);
     else tiles_.template zero<TILE>();
   }
 
@@ -145,11 +144,11 @@ class TileQueue {
     a_ = at_->a + step_ * at_->a_step + (leg_ % 2 ? at_->a_low : 0);
     c_ = at_->c, left_ = at_->tiles, two_steps_ = step_ + 1 < at_->steps, late_ = nullptr;
     const char* b = at_->b + step_ * kStepBytes + (leg_ >= 2 ? at_->b_low : 0);
-    tiles_.template load<4>(b, kPassBytes), tiles_.template load<5>(b + kStripBytes, kPassBytes);
+    tiles_.template load_free<4>(b, kPassBytes), tiles_.template load_free<5>(b + kStripBytes, kPassBytes);
     if (!two_steps_) return;
     start_long_chain();
     b += kStepBytes;
-    tiles_.template load<6>(b, kPassBytes), tiles_.template load<7>(b + kStripBytes, kPassBytes);
+    tiles_.template load_free<6>(b, kPassBytes), tiles_.template load_free<7>(b + kStripBytes, kPassBytes);
   }
   __attribute__((noinline)) void next_chunk() {
     accumulate_ = true, step_ += 2;

@@ -5,6 +5,7 @@
 //   Tiles                        the registers; configured by the constructor, released by the destructor
 //   zero<T>, load<T>, store<T>   a whole register; rows lie `row_bytes` apart, at any alignment
 //   keep_awake                   a product of whatever the registers hold; changes the first
+//   load_free<T>, store_free<T>  the same, of memory that no other code touches up to the next fence
 //   multiply<C, A, B>            C[m][n] += sum over k of A[m][2k] B[k][2n] + A[m][2k+1] B[k][2n+1], C fp32,
 //                                A and B bf16: a row of B holds two adjacent rows of the matrix, interleaved
 //
@@ -60,6 +61,16 @@ class Tiles {
   FASTATTN_INLINE void store(void* p, int64_t row_bytes) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
   }
+  // Without order among other accesses to memory, so that the vectors around them stay in their registers.
+  template <int T>
+  FASTATTN_INLINE void load_free(const void* p, int64_t row_bytes) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T));
+  }
+  template <int T>
+  FASTATTN_INLINE void store_free(void* p, int64_t row_bytes) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T));
+  }
+  static FASTATTN_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
   // A product that nobody reads: after some 1500 cycles without any, the unit sleeps and takes 700 to wake.
   FASTATTN_INLINE void keep_awake() { zero<0>(), multiply<0, 1, 2>(); }
 
@@ -104,6 +115,15 @@ class Tiles {
       memcpy((char*)p + m * row_bytes, rows_[T][m], config_.row_bytes[T]);
     }
   }
+  template <int T>
+  void load_free(const void* p, int64_t row_bytes) {
+    load<T>(p, row_bytes);
+  }
+  template <int T>
+  void store_free(void* p, int64_t row_bytes) const {
+    store<T>(p, row_bytes);
+  }
+  static void fence() {}
   void keep_awake() { zero<0>(), multiply<0, 1, 2>(); }
 
   template <int C, int A, int B>

@@ -170,6 +170,7 @@ inline void transpose_bits_32(const uint64_t* rows, uint32_t* columns) {
     _mm_storeu_si128((__m128i*)(columns + 48 + 4 * i), _mm512_extracti32x4_epi32(q[i], 3));
   }
 }
+FASTATTN_INLINE I32 or3(I32 a, I32 b, I32 c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xfe)}; }
 FASTATTN_INLINE bool any_bits(I32 a, int32_t of) {
   return _mm512_test_epi32_mask(a.v, _mm512_set1_epi32(of)) != 0;
 }
@@ -267,6 +268,74 @@ FASTATTN_INLINE void interleave(const BFloat16* low, const BFloat16* high, I32* 
   first->v = _mm512_permutex2var_epi16(l, order, h);
   last->v = _mm512_permutex2var_epi16(l, _mm512_add_epi16(order, _mm512_set1_epi16(16)), h);
 }
+#endif
+
+#if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+// 2^x for x in [-127, 1), two vectors to pairs of bf16, almost all of it by integers: beside tile
+// instructions those run on both vector ports of Intel cores, fp32 on one.
+//
+// x becomes a fixed-point number of 16 bits, 7 before the point: the sum with 2^23 leaves it in the lower
+// half of the bits, and the upper half tells whether x was in range. Read as a logarithm it is nearly the
+// bf16 it shall be (Schraudolph 1999); what 1 + f is over 2^f comes from a table by 6 bits of the fraction f.
+// Relative error 6.3e-3 at most, rms 2.0e-3 with a mean of 0.7e-3, where the rounding to bf16 alone
+// has 3.9e-3 and 1.7e-3. Exact for whole x; 0 from -127 down.
+class FixedExp2 {
+ public:
+  static constexpr float kOne = 512;
+  static constexpr float kOffset = (1 << 23) + 127 * kOne + 2;  // and half of what is cut off last
+
+  // Constants, kept in registers: the compiler would rather make them again for every few vectors.
+  FixedExp2()
+      : excess_(_mm512_load_si512(kExcess)),
+        tag_(_mm512_set1_epi32(kTag)),
+        up_(_mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100)),
+        index_(_mm512_set1_epi64(0x3b332b231b130b03)),
+        ones_(_mm512_set1_epi32(0x3f803f80)),
+        upper_(0xcccccccccccccccc),
+        even_(0x5555555555555555) {
+    __asm__("" : "+v"(excess_), "+v"(tag_), "+v"(up_), "+v"(index_), "+v"(ones_), "+k"(upper_), "+k"(even_));
+  }
+
+  // x * scale + offset, where the caller has multiplied both by kOne and added kOffset.
+  FASTATTN_INLINE I32 fixed(F32 x, F32 scale, F32 offset) const {
+    return {_mm512_max_epu32(bits(x, scale, offset), tag_)};
+  }
+  // The same, and least where a lane is not in the mask.
+  FASTATTN_INLINE I32 fixed(F32 x, F32 scale, F32 offset, Mask m) const {
+    return {_mm512_mask_max_epu32(tag_, m.m, bits(x, scale, offset), tag_)};
+  }
+  // Of numbers from `fixed`, or-ed: whether any was past the range or NaN.
+  FASTATTN_INLINE bool exceeded(I32 bits) const {
+    return _mm512_test_epi32_mask(_mm512_xor_si512(bits.v, tag_), _mm512_set1_epi32(int32_t(0xffff0000))) !=
+           0;
+  }
+
+  FASTATTN_INLINE I32 pairs(I32 low, I32 high) const {
+    const __m512i x = _mm512_mask_shuffle_epi8(low.v, upper_, high.v, up_);
+    const __m512i at = _mm512_multishift_epi64_epi8(index_, x);
+    const __m512i excess = _mm512_maskz_permutexvar_epi8(even_, at, excess_);
+    return {_mm512_srli_epi16(_mm512_sub_epi16(x, excess), 2)};
+  }
+  // The sum of both halves added.
+  FASTATTN_INLINE F32 add_pairs(I32 pairs, F32 sum) const {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)pairs.v, (__m512bh)ones_)};
+  }
+
+ private:
+  static constexpr int32_t kTag = 0x4b000000;  // the bits of 2^23
+  // 512 (1 + f - 2^f), f in the middle of each 64th, less the 2 of kOffset.
+  alignas(64) static constexpr uint8_t kExcess[64] = {
+      0,  3,  5,  8,  10, 12, 14, 16, 18, 20, 22, 24, 25, 27, 28, 30, 31, 33, 34, 35, 36, 37,
+      38, 39, 40, 41, 42, 42, 43, 43, 43, 44, 44, 44, 44, 44, 44, 44, 43, 43, 42, 42, 41, 40,
+      39, 38, 37, 36, 35, 33, 32, 30, 28, 27, 25, 23, 21, 18, 16, 14, 11, 8,  5,  2};
+
+  static FASTATTN_INLINE __m512i bits(F32 x, F32 scale, F32 offset) {
+    return _mm512_castps_si512(_mm512_fmadd_ps(x.v, scale.v, offset.v));
+  }
+
+  __m512i excess_, tag_, up_, index_, ones_;
+  __mmask64 upper_, even_;
+};
 #endif
 
 // Bit i: (p[i] & mask) != x, for 64 unsigned integers.

@@ -40,6 +40,7 @@ std::vector<CpuFeature> cpu_features() {
           {"avx512vl", bool(__builtin_cpu_supports("avx512vl"))},
           {"avx512dq", bool(__builtin_cpu_supports("avx512dq"))},
           {"avx512bf16", bool(__builtin_cpu_supports("avx512bf16"))},
+          {"avx512vbmi", bool(__builtin_cpu_supports("avx512vbmi"))},
           {"amx", amx && request_amx()}};
 #elif defined(__aarch64__)
   return {{"neon", true}};
@@ -65,8 +66,9 @@ std::vector<Isa> known_isas() {
   std::vector<std::string> needs = {"avx512f", "avx512bw", "avx512vl", "avx512dq"};
   isas.push_back(isa("avx512", needs));
   needs.push_back("avx512bf16");
-  isas.push_back(isa("amx_emulated", needs, false));  // for tests
   isas.push_back(isa("avx512_bf16", needs));
+  needs.push_back("avx512vbmi");
+  isas.push_back(isa("amx_emulated", needs, false));  // for tests
   needs.push_back("amx");
   isas.push_back(isa("amx", needs));
 #elif defined(__aarch64__)
