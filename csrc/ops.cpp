@@ -28,15 +28,18 @@ void set_task_order(int64_t seed) { task_order_seed().store(seed); }
 
 STABLE_TORCH_LIBRARY(fastattn, m) {
   fastattn::define_attention(m);
+  // For inference, on the CPU: no LSE and no score terms.
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, float scale, bool is_causal) -> Tensor");
+  m.def(
+      "attention_masked(Tensor q, Tensor k, Tensor v, float scale, SymInt? band_lo, SymInt? band_hi, "
+      "Tensor? lo, Tensor? hi, Tensor? block_offsets, Tensor? block_list, Tensor? bit_tiles) -> Tensor");
   m.def("_attention_bwd_route() -> str");
   m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def("bias_scan(Tensor bias) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def("mask_keys(Tensor mask) -> (Tensor lo, Tensor hi, Tensor flags)");
   m.def(
-      "mask_build(SymInt[] program, Tensor[] tensors, SymInt B, SymInt H, SymInt Sq, SymInt Sk) -> (Tensor "
-      "offsets, Tensor "
-      "blocks, Tensor tiles, Tensor flags)");
+      "mask_build(SymInt[] program, Tensor[] tensors, SymInt B, SymInt H, SymInt Sq, SymInt Sk) -> "
+      "(Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def("mask_transpose(Tensor offsets, Tensor blocks, SymInt n_k) -> (Tensor offsets_t, Tensor blocks_t)");
   m.def(
       "mask_rows(Tensor offsets, Tensor blocks, Tensor tiles, SymInt first, SymInt last, SymInt Sk) -> "

@@ -81,16 +81,32 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   return {out, lse};
 }
 
+Tensor run_inference(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  AttentionArgs a = attention_args(q, k, v, options);
+  Tensor out = output_like(q, a, false);
+  run(a, out, storage_of(q, "q"));
+  return out;
+}
+
 // The plain call of inference: no mask or an upper-left triangle, no LSE. Short, because at one row the
 // arguments of attention_fwd would cost more than the attention.
 Tensor attention_plain(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool is_causal) {
   AttentionOptions options{};
   options.scale = scale;
   if (is_causal) options.band_hi = 0;
-  AttentionArgs a = attention_args(q, k, v, options);
-  Tensor out = output_like(q, a, false);
-  run(a, out, storage_of(q, "q"));
-  return out;
+  return run_inference(q, k, v, options);
+}
+
+// The same under any mask: without an LSE the tiles may make weights by integers.
+Tensor attention_masked(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                        std::optional<int64_t> band_lo, std::optional<int64_t> band_hi, OptionalTensor lo,
+                        OptionalTensor hi, OptionalTensor block_offsets, OptionalTensor block_list,
+                        OptionalTensor bit_tiles) {
+  AttentionOptions options{};
+  options.scale = scale, options.band_lo = band_lo, options.band_hi = band_hi;
+  options.lo = lo, options.hi = hi;
+  options.block_offsets = block_offsets, options.block_list = block_list, options.bit_tiles = bit_tiles;
+  return run_inference(q, k, v, options);
 }
 
 std::string route_name(int64_t Sq, int64_t group, int64_t D, int64_t Dv, int64_t storage) {
@@ -105,6 +121,7 @@ std::string route_name(int64_t Sq, int64_t group, int64_t D, int64_t Dv, int64_t
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&fastattn::attention_fwd));
   m.impl("attention_plain", TORCH_BOX(&fastattn::attention_plain));
+  m.impl("attention_masked", TORCH_BOX(&fastattn::attention_masked));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {

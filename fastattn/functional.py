@@ -14,7 +14,7 @@ from .problem import Problem, attention_problem
 
 _PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _plain = torch.ops.fastattn.attention_plain.default
-_attention_fwd = torch.ops.fastattn.attention_fwd.default
+_masked = torch.ops.fastattn.attention_masked.default
 _with_gradient = ops.OPS["cpu"].eager
 # attention_fwd from block_offsets on, for a call with none of it.
 _NOTHING_ELSE = (None, None, None, None, None, 0.0, 0.0, *[None] * 8, False)
@@ -210,8 +210,7 @@ def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
     scale = D**-0.5 if scale is None else scale
     if _wants_gradient(q, k, v):
         return _with_gradient(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
-    with _BelowAutograd():
-        return _attention_fwd(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
+    return _masked(q, k, v, scale, None, None, lo, hi, None, None, None)
 
 
 def _lower(p: Problem, kernel: str = "reference") -> Lowered:
@@ -248,7 +247,8 @@ def _total_bias(p: Problem, lowered: Lowered) -> Tensor | None:
     return mask_bias.float() + p.bias.float()
 
 
-def _run_op(p: Problem, m: Lowered, kernel: str) -> tuple[Tensor, Tensor]:
+def _run_op(p: Problem, m: Lowered, kernel: str) -> tuple[Tensor, Tensor | None]:
+    """out and lse; None for it in inference, where nobody asks."""
     bias = _total_bias(p, m)
     alibi = None
     if p.alibi_slopes is not None:
@@ -288,6 +288,8 @@ def _run_op(p: Problem, m: Lowered, kernel: str) -> tuple[Tensor, Tensor]:
         return op.functorch(*arguments)
     if grad:
         return op.eager(*arguments)
+    if kernel == "cpu" and not (p.return_lse or p.dropout_p or p.softcap) and bias is alibi is sinks is None:
+        return _masked(*arguments[:11]), None
     with _BelowAutograd():
         return op.fwd(*arguments)
 

@@ -39,15 +39,18 @@ def _fake_fwd(q, k, v, scale, *rest):
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-# attention_plain is called only where nothing asks for a gradient: torch's default step for ops without a formula
-# would be a sixth of the smallest call.
+# These are called only where nothing asks for a gradient: torch's default step for ops without a formula would be a
+# sixth of the smallest call.
 _LIBRARY = torch.library.Library("fastattn", "FRAGMENT")
-_LIBRARY.impl("attention_plain", torch.library.fallthrough_kernel, "AutogradCPU")
 
 
-@torch.library.register_fake("fastattn::attention_plain")
-def _(q, k, v, scale, is_causal):
+def _fake_inference(q, k, v, *options):
     return output_like(q, v.shape[3], q.dtype)
+
+
+for _name in ("attention_plain", "attention_masked"):
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
+    torch.library.register_fake(f"fastattn::{_name}", _fake_inference)
 
 
 def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import masks
+from fastattn.masks.lower import lower
 from fastattn.ops import _FWD
 
 
@@ -37,6 +38,11 @@ def test_opcheck_forward(layout, changes):
 def test_opcheck_plain():
     q = torch.randn(2, 4, 9, 16)
     torch.library.opcheck(torch.ops.fastattn.attention_plain.default, (q, q, q, 0.3, True))
+    bounds = torch.zeros(2, 4, 9, dtype=torch.int32), torch.full((2, 4, 9), 7, dtype=torch.int32)
+    m = lower(torch.rand(2, 1, 9, 9) < 0.5, 2, 4, 4, 9, 9, q.device)
+    bits = m.block_offsets, m.block_list, m.bit_tiles
+    for mask in ((None, 0, *bounds, None, None, None), (-3, None, None, None, *bits)):
+        torch.library.opcheck(torch.ops.fastattn.attention_masked.default, (q, q, q, 0.3, *mask))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
