@@ -124,6 +124,7 @@ class AmxForward {
   static constexpr int kParts = kTileParts<T>;
   static constexpr int kRun = kTileSide;  // keys that are masked, or skipped, together
   static constexpr int kRuns = kGranule / kRun;
+  static constexpr int64_t kHeldBytes = 32 << 10;
   static constexpr float kMargin = 7;  // of a pivot over the maximum it was taken from, as an exponent of 2
 
  public:
@@ -251,6 +252,10 @@ class AmxForward {
     }
   }
 
+  // Whether a head's keys and values are more than the first-level cache can hold beside all else: then it
+  // does better without them.
+  bool streams() const { return a_.Sk * kParts * (D_ + Dv_) * 2 > kHeldBytes; }
+
   void multiply() { TileQueue(tiles_, products_.begin(), products_.end()).drain(); }
 
   void add_where_seen(const Unit& u, int j) {
@@ -370,7 +375,7 @@ class AmxForward {
     p.b = buf_.q[u.pass], p.b_low = D_ / 2 * kPassBytes;
     p.c = buf_.scores[u.slot] + first * kPassBytes;
     p.steps = int(D_ / kBlockSide), p.tiles = 2 * u.count_live();
-    p.accumulate = false;
+    p.accumulate = false, p.streams = streams();
     products_.has_scores = true;
   }
 
@@ -383,7 +388,7 @@ class AmxForward {
     p.b_low = buf_.low[u.slot] - buf_.scores[u.slot];
     p.c = (char*)out_of(u.pass);
     p.steps = u.count_live(), p.tiles = int(Dv_ / kTileSide);
-    p.accumulate = started_[u.pass];
+    p.accumulate = started_[u.pass], p.streams = streams();
     started_[u.pass] = true;
     products_.has_values = true;
   }

@@ -40,6 +40,7 @@ struct TileProduct {
   int64_t a_row, a_tile, a_step;
   int steps, tiles;  // 32 of the inner dimension, 16 rows of A
   bool accumulate;
+  bool streams;  // the operands are not to take the place of C in the first-level cache
   // Operands in two parts, high + low, take legs: (high, high), (low, high), (high, low) and, if there is a
   // fourth, (low, low).
   int legs;
@@ -75,7 +76,7 @@ class TileQueue {
   FASTATTN_INLINE void long_chain() {
     if constexpr (I == 0) {
       tiles_.template multiply<0, 2, 4>();
-      tiles_.template load_free<3>(a_ + at_->a_step, at_->a_row);
+      load<3>(a_ + at_->a_step, at_->a_row);
       if (late_) tiles_.template store_free<1>(late_ + kStripBytes, kPassBytes);
       start<1>(c_ + kStripBytes);
     } else if constexpr (I == 1) {
@@ -97,13 +98,13 @@ class TileQueue {
   }
   // One product ahead of the others, so that none waits for its first rows.
   FASTATTN_INLINE void start_long_chain() {
-    tiles_.template load_free<2>(a_, at_->a_row);
+    load<2>(a_, at_->a_row);
     start<0>(c_);
   }
   template <int I>
   FASTATTN_INLINE void short_chain() {
     if constexpr (I == 0) {
-      tiles_.template load_free<2>(a_, at_->a_row);
+      load<2>(a_, at_->a_row);
       start<0>(c_);
       tiles_.template multiply<0, 2, 4>();
       if (late_) tiles_.template store_free<6>(late_, kPassBytes);
@@ -112,7 +113,7 @@ class TileQueue {
       tiles_.template multiply<1, 2, 5>();
       if (late_) tiles_.template store_free<7>(late_ + kStripBytes, kPassBytes);
     } else if constexpr (I == 2) {
-      tiles_.template load_free<3>(a_ + at_->a_tile, at_->a_row);
+      load<3>(a_ + at_->a_tile, at_->a_row);
       start<6>(c_ + kStepBytes);
       tiles_.template multiply<6, 3, 4>();
       tiles_.template store_free<0>(c_, kPassBytes);
@@ -130,6 +131,13 @@ class TileQueue {
     }
   }
 
+  // Of an operand.
+  template <int TILE>
+  FASTATTN_INLINE void load(const char* p, int64_t row) {
+    if (at_->streams) tiles_.template load_past<TILE>(p, row);
+    else tiles_.template load_free<TILE>(p, row);
+  }
+
   template <int TILE>
   FASTATTN_INLINE void start(const char* c) {
     if (accumulate_) tiles_.template load_free<TILE>(c, kPassBytes);
@@ -144,11 +152,11 @@ class TileQueue {
     a_ = at_->a + step_ * at_->a_step + (leg_ % 2 ? at_->a_low : 0);
     c_ = at_->c, left_ = at_->tiles, two_steps_ = step_ + 1 < at_->steps, late_ = nullptr;
     const char* b = at_->b + step_ * kStepBytes + (leg_ >= 2 ? at_->b_low : 0);
-    tiles_.template load_free<4>(b, kPassBytes), tiles_.template load_free<5>(b + kStripBytes, kPassBytes);
+    load<4>(b, kPassBytes), load<5>(b + kStripBytes, kPassBytes);
     if (!two_steps_) return;
     start_long_chain();
     b += kStepBytes;
-    tiles_.template load_free<6>(b, kPassBytes), tiles_.template load_free<7>(b + kStripBytes, kPassBytes);
+    load<6>(b, kPassBytes), load<7>(b + kStripBytes, kPassBytes);
   }
   __attribute__((noinline)) void next_chunk() {
     accumulate_ = true, step_ += 2;

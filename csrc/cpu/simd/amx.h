@@ -6,6 +6,7 @@
 //   zero<T>, load<T>, store<T>   a whole register; rows lie `row_bytes` apart, at any alignment
 //   keep_awake                   a product of whatever the registers hold; changes the first
 //   load_free<T>, store_free<T>  the same, of memory that no other code touches up to the next fence
+//   load_past<T>                 load_free that leaves the first-level cache as it is
 //   multiply<C, A, B>            C[m][n] += sum over k of A[m][2k] B[k][2n] + A[m][2k+1] B[k][2n+1], C fp32,
 //                                A and B bf16: a row of B holds two adjacent rows of the matrix, interleaved
 //
@@ -67,6 +68,10 @@ class Tiles {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T));
   }
   template <int T>
+  FASTATTN_INLINE void load_past(const void* p, int64_t row_bytes) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(T));
+  }
+  template <int T>
   FASTATTN_INLINE void store_free(void* p, int64_t row_bytes) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T));
   }
@@ -117,6 +122,10 @@ class Tiles {
   }
   template <int T>
   void load_free(const void* p, int64_t row_bytes) {
+    load<T>(p, row_bytes);
+  }
+  template <int T>
+  void load_past(const void* p, int64_t row_bytes) {
     load<T>(p, row_bytes);
   }
   template <int T>
