@@ -166,7 +166,9 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if shape[2] >= MOST_ROWS:
         return False
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):  # a third of the time of three strides
+    if not (
+        q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    ):  # a third of the time of three strides
         if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
             return False
     if _autocast_enabled("cpu"):

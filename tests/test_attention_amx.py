@@ -192,6 +192,10 @@ def test_hidden_numbers_change_no_bit(tiles, way, poison, D):
     others = torch.arange(100) != 5
     assert torch.equal(out[:, :, others], clean[:, :, others]) and torch.equal(lse, clean_lse)
     assert not torch.isfinite(out[:, :, 5]).any()
+    k2[:, :, 77, 3] = poison  # a score that is not finite, for one row
+    out, lse = attend(q, k2, v2, seen, integers)
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+    assert torch.equal(lse[:, :, others], clean_lse[:, :, others])
 
 
 @pytest.mark.parametrize("dtype", HALVES)

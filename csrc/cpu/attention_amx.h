@@ -119,6 +119,18 @@ struct ScoreLine<FixedScale> {
   bool exceeded(I32 bits) const { return exp2.exceeded(bits); }
 };
 
+// The same with fp32 for the rows that integers cannot hold, which keep the bits of others as they are.
+struct MixedScale {};
+template <>
+struct ScoreLine<MixedScale> {
+  ScoreLine<FixedScale> by_integers;
+  ScoreLine<FoldedScale> in_fp32;
+  Mask lost;
+  explicit ScoreLine(float scale) : by_integers(scale), in_fp32(scale) {}
+  void start(F32 pivot) { by_integers.start(pivot), in_fp32.start(pivot); }
+  bool exceeded(I32) const { return false; }
+};
+
 template <class T>
 class AmxForward {
   static constexpr int kParts = kTileParts<T>;
@@ -187,7 +199,7 @@ class AmxForward {
         pass_(passes_),
         terms_(has_score_terms(a)),
         exact_(exact),
-        integers_(kParts == 1 && !(terms_ || a.dropout || exact || a.lse)) {
+        integers_(kParts == 1 && !(terms_ || a.dropout || a.lse)) {
     for (int i = 0; i < passes_ * kPass; i += kLanes) {
       store(buf_.max + i, splat(-__builtin_inff()));
       store(buf_.sum + i, zero());
@@ -410,6 +422,12 @@ class AmxForward {
       if (weigh(u, true)) return;
       start_again(u);
     }
+    if constexpr (kParts == 1) {
+      if (integers_) {
+        weigh_at_rate<MixedScale>(u, false);
+        return;
+      }
+    }
     weigh_in_fp32(u, false);
   }
 
@@ -499,12 +517,12 @@ class AmxForward {
     TileQueue queue(tiles_, products_.begin(), products_.end());
     ScoreLine<Units> line(a_.scale * kLog2E);
     Sums sums[2];
-    I32 seen = splat_int(0);
     for (int c = 0; c < vectors; ++c) {
       const F32 pivot = load(pivots + c * kLanes);
       // A row that has seen nothing yet has none; any finite one gives its keys exp2(-inf) = 0.
       line.start(select(pivot > splat(-__builtin_inff()), pivot, zero()));
-      Sums s{load(sums_at + c * kLanes), zero(), seen};
+      if constexpr (__is_same(Units, MixedScale)) line.lost = lost_[c];
+      Sums s{load(sums_at + c * kLanes), zero(), splat_int(0)};
       for (int r = 0; r < kRuns; ++r) {
         prefetch_.step();
         if (!u.live(r / 2)) continue;
@@ -519,10 +537,15 @@ class AmxForward {
         site<Units, MASKED, DROPOUT, RATE, 2>(w, line, &s, queue, &busy);
         site<Units, MASKED, DROPOUT, RATE, 3>(w, line, &s, queue, &busy);
       }
-      sums[c] = s, seen = s.bits;
+      sums[c] = s;
     }
     queue.drain();
-    if (check && line.exceeded(seen)) return false;
+    if (check && line.exceeded(vectors > 1 ? sums[0].bits | sums[1].bits : sums[0].bits)) {
+      if constexpr (__is_same(Units, FixedScale)) {
+        for (int c = 0; c < vectors; ++c) lost_[c] = line.exp2.out_of_range(sums[c].bits);
+      }
+      return false;
+    }
     for (int c = 0; c < vectors; ++c) store(sums_at + c * kLanes, sums[c].even + sums[c].odd);
     return true;
   }
@@ -592,22 +615,40 @@ class AmxForward {
   template <class Units, bool MASKED, bool DROPOUT>
   FASTATTN_INLINE void weigh_pair(const Weights& k, int i, const ScoreLine<Units>& line, Sums* sums) const {
     if constexpr (__is_same(Units, FixedScale)) {
-      const I32 x0 = line.template exponent<MASKED>(load(k.scores + 2 * i * kPass), k.sees(2 * i));
-      const I32 x1 = line.template exponent<MASKED>(load(k.scores + (2 * i + 1) * kPass), k.sees(2 * i + 1));
-      sums->bits = or3(sums->bits, x0, x1);
-      const I32 pairs = line.exp2.pairs(x0, x1);
-      F32& sum = i % 2 ? sums->odd : sums->even;
-      sum = line.exp2.add_pairs(pairs, sum);
-      store(k.high + i * kPass, pairs);
+      store(k.high + i * kPass, pair_by_integers<MASKED>(k, i, line, sums));
+    } else if constexpr (__is_same(Units, MixedScale)) {
+      const F32 e0 = weight<FoldedScale, MASKED>(k, 2 * i, line.in_fp32);
+      const F32 e1 = weight<FoldedScale, MASKED>(k, 2 * i + 1, line.in_fp32);
+      const Sums before = *sums;
+      const I32 pair = pair_by_integers<MASKED>(k, i, line.by_integers, sums);
+      sums->even = select(line.lost, before.even + e0, sums->even);
+      sums->odd = select(line.lost, before.odd + e1, sums->odd);
+      const I32 rounded = pack_pairs_loosely(e0, e1);
+      store(k.high + i * kPass, bits_of(select(line.lost, float_of(rounded), float_of(pair))));
     } else {
-      F32 e0 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i), line.scale, line.pivot));
-      F32 e1 = exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, 2 * i + 1), line.scale, line.pivot));
+      F32 e0 = weight<Units, MASKED>(k, 2 * i, line), e1 = weight<Units, MASKED>(k, 2 * i + 1, line);
       sums->even = sums->even + e0;
       sums->odd = sums->odd + e1;
       sums->bits = or3(sums->bits, bits_of(e0), bits_of(e1));
       if constexpr (DROPOUT) e0 = kept(k, 2 * i, e0), e1 = kept(k, 2 * i + 1, e1);
       k.put(i, e0, e1);
     }
+  }
+
+  template <class Units, bool MASKED>
+  static FASTATTN_INLINE F32 weight(const Weights& k, int j, const ScoreLine<Units>& line) {
+    return exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, j), line.scale, line.pivot));
+  }
+  template <bool MASKED>
+  static FASTATTN_INLINE I32 pair_by_integers(const Weights& k, int i, const ScoreLine<FixedScale>& line,
+                                              Sums* sums) {
+    const I32 x0 = line.template exponent<MASKED>(load(k.scores + 2 * i * kPass), k.sees(2 * i));
+    const I32 x1 = line.template exponent<MASKED>(load(k.scores + (2 * i + 1) * kPass), k.sees(2 * i + 1));
+    sums->bits = or3(sums->bits, x0, x1);
+    const I32 pair = line.exp2.pairs(x0, x1);
+    F32& sum = i % 2 ? sums->odd : sums->even;
+    sum = line.exp2.add_pairs(pair, sum);
+    return pair;
   }
 
   FASTATTN_INLINE F32 kept(const Weights& k, int j, F32 e) const {
@@ -634,6 +675,7 @@ class AmxForward {
   const bool terms_, exact_, integers_;
   bool hides_keys_ = false, started_[kPasses] = {};
   bool ready_[kPasses] = {};  // all rows have pivots
+  Mask lost_[2] = {};         // rows whose exponents no integers held, where they were tried last
   int slot_ = 0;
   Prefetch prefetch_;
   Unit unit_[2];

@@ -304,11 +304,11 @@ class FixedExp2 {
   FASTATTN_INLINE I32 fixed(F32 x, F32 scale, F32 offset, Mask m) const {
     return {_mm512_mask_max_epu32(tag_, m.m, bits(x, scale, offset), tag_)};
   }
-  // Of numbers from `fixed`, or-ed: whether any was past the range or NaN.
-  FASTATTN_INLINE bool exceeded(I32 bits) const {
-    return _mm512_test_epi32_mask(_mm512_xor_si512(bits.v, tag_), _mm512_set1_epi32(int32_t(0xffff0000))) !=
-           0;
+  // Of numbers from `fixed`, or-ed: lanes in which one was past the range or NaN, and whether there are any.
+  FASTATTN_INLINE Mask out_of_range(I32 bits) const {
+    return {_mm512_test_epi32_mask(_mm512_xor_si512(bits.v, tag_), _mm512_set1_epi32(int32_t(0xffff0000)))};
   }
+  FASTATTN_INLINE bool exceeded(I32 bits) const { return any(out_of_range(bits)); }
 
   FASTATTN_INLINE I32 pairs(I32 low, I32 high) const {
     const __m512i x = _mm512_mask_shuffle_epi8(low.v, upper_, high.v, up_);
