@@ -15,7 +15,8 @@
 //
 // Where nobody asked for lse and nothing but the scale changes a score, weights in bf16 are made by integers
 // (FixedExp2) and summed as they were rounded; then the sum is no better than they are, 4e-3 of a single
-// weight, so lse is left to the weights in fp32.
+// weight, so lse is left to the weights in fp32. Rows that integers cannot hold, after new pivots, are made
+// in fp32 beside the others, whose bits must not change.
 //
 // fp16 is split into two bf16, high + low. Its scores take four products for one and are as exact as those of
 // fp32: of logits in the thousands the part that low * low has decides. Its values take three; there low *
@@ -24,26 +25,22 @@
 // Measured on a Xeon, a unit of bf16 with D = Dv, K and V out of the second-level cache, without what a task
 // costs beside its units; cycles of the time stamp, 2.6 GHz, where the core ran at 2.6 to 3.2:
 //
-//    D    products (13.4 each)   vectors in fp32   both, loads and stores left out   all of it, fp32   by
-//    integers 64      32    430                490                     780                     1400-1500
-//    1300-1400
-//   128      64    860                640                    1350                     2700-2900 2600-2800
+//    D    products (13.4 each)   vectors alone   both, loads and stores left out   all of it
+//    64      32    430             490 in fp32                 780                 some 1200
+//   128      64    860             640 in fp32                1350                 some 2400
 //
+//   - The first-level cache is what binds. Tile loads and stores alone, all of them hits, take 86 cycles where
+//     their four products take 64. What should stay there (Q^T, O^T, two units of scores, 28 and 40 KB) and
+//     the 16 and 32 KB a unit reads are more than its 48. So operands are loaded past it (load_past) where a
+//     head's keys and values would not fit anyway: 1500 cycles became 1200, 2900 became 2400. Tried without
+//     gain: prefetching, units of 32 keys, one pass after the other.
 //   - Beside tile instructions the fp32 operations of 512 bits run on one port of two. A vector of weights
-//     takes 8 of them, 128 a unit. Integer operations, shuffles and vectors of 256 bits do not suffer. By
-//     integers a weight takes one and a half, which in a bare loop that keeps O^T in the registers (16 rows,
-//     D = 64) was 25 % of the time; here it is 4 to 8 %, since what is next is the bound:
-//   - The first-level cache. Loads and stores of tiles without any vectors, all of them hits, take 86 cycles
-//   a
-//     step of four products where the products take 64. With K and V in 2 KB of it a unit takes 1150 (D = 64)
-//     and 2050; what lives there (Q^T, O^T, two units of scores, 28 and 40 KB) and the 16 and 32 KB a unit
-//     reads are more than its 48. Neither prefetching, nor units of 32 keys, nor strips of 16 rows with O^T
-//     in the registers did better than this by more than 7 % (D = 64; worse by 8 % at D = 128), and one pass
-//     after the other only worse, by 12 %, where K and V are more than the second level holds.
-//   - A load that needs two stores, or part of one in a vector, waits until all stores before it are done,
-//   those
-//     of the tiles too. So products are written where they are read, and between tile products the compiler
-//     may keep what it has in registers (load_free, store_free): 3 to 8 % of a call.
+//     takes 8 of them, 128 a unit; by integers one and a half. That is 4 to 8 % of a call.
+//   - A load that needs more than one store, as a vector of what was just written in words, waits until all
+//     stores before it are done, those of the tiles too. So products are written where they are read, and
+//     between tile products the compiler may keep what it has in registers (load_free): 3 to 8 % of a call.
+//   - Strips of 16 rows with O^T in the registers (D = 64) were as fast as this, before load_past, and slower
+//     by 8 % at D = 128; a bare loop of that kind, without masks, ran 20 % faster.
 //   - Left idle for some 1500 cycles the matrix unit takes 700 to come back.
 //   - A task costs some 5000 cycles beside its units: 64 rows of Q and of O transposed, the first scores and
 //     last values with nothing to overlap, and a granule of V packed a head and thread.
