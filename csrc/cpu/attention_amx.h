@@ -29,8 +29,8 @@
 //    64      32    430             490 in fp32                 780                 some 1200
 //   128      64    860             640 in fp32                1350                 some 2400
 //
-//   - The first-level cache is what binds. Tile loads and stores alone, all of them hits, take 86 cycles where
-//     their four products take 64. What should stay there (Q^T, O^T, two units of scores, 28 and 40 KB) and
+//   - The first-level cache is what binds. Tile loads and stores alone, all of them hits, take 86 cycles,
+//     their four products 64. What should stay there (Q^T, O^T, two units of scores, 28 and 40 KB) and
 //     the 16 and 32 KB a unit reads are more than its 48. So operands are loaded past it (load_past) where a
 //     head's keys and values would not fit anyway: 1500 cycles became 1200, 2900 became 2400. Tried without
 //     gain: prefetching, units of 32 keys, one pass after the other.
