@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 # Test processes; a fast test is mostly one thread.
 JOBS ?= 2
+# Several processes of several threads each on few cores: threads that spin while they wait keep the others from working.
+test test-models: export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test test-models aot cuda-resources setup build-inplace lint format packaging clean gpu
 
