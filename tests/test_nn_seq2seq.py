@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from pairwise import name_of, pairwise
-from test_nn_transformer import LAYER_FACTORS, E, H, L, S, compare, draw, keywords_of, randomised
+from test_nn_transformer import LAYER_FACTORS, E, H, L, S, compare, draw, keywords_of, options_of, randomised
 
 from fastattn import nn as fnn
 
@@ -16,15 +16,7 @@ def made(namespace, case):
     """A Transformer of either namespace, from the same random numbers; custom stacks of it, or always of torch."""
     kind, which = case["custom"].removeprefix("torch's ").strip(), case["custom"].startswith("torch's")
     custom = {}
-    common = dict(
-        dropout=0.0,
-        activation=case["activation"],
-        layer_norm_eps=1e-4,
-        batch_first=case["layout"] == "batch-first",
-        norm_first=case["norm_first"],
-        bias=case["bias"],
-        dtype=case["dtype"],
-    )
+    common = options_of(case)
     torch.manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -29,11 +29,9 @@ LAYER_FACTORS = dict(
 CASES = pairwise(**LAYER_FACTORS)
 
 
-def layer_arguments(case):
+def options_of(case):
+    """What a layer and a whole Transformer take alike."""
     return dict(
-        d_model=E,
-        nhead=H,
-        dim_feedforward=40,
         dropout=0.0,
         activation=case["activation"],
         layer_norm_eps=1e-4,
@@ -42,6 +40,10 @@ def layer_arguments(case):
         bias=case["bias"],
         dtype=case["dtype"],
     )
+
+
+def layer_arguments(case):
+    return dict(d_model=E, nhead=H, dim_feedforward=40) | options_of(case)
 
 
 def randomised(module, case):

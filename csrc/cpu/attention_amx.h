@@ -47,6 +47,7 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_amx_weights.h"
 #include "packed_heads.h"
 #include "prefetch.h"
 #include "tile_queue.h"
@@ -91,47 +92,10 @@ struct AmxBuffers {
   }
 };
 
-// Scores without terms, whose weights are made by integers.
-struct FixedScale {};
-
-// From scores to weights: what a unit needs of scale and pivots.
-template <class Units>
-struct ScoreLine {
-  F32 scale, pivot;
-  explicit ScoreLine(float scale) : scale(splat(scale)) {}
-  void start(F32 of_rows) { pivot = of_rows; }
-  // A weight of 2 or more, or NaN: the uppermost bit of its exponent is set.
-  bool exceeded(I32 bits) const { return any_bits(bits, 0x40000000); }
-};
-template <>
-struct ScoreLine<FixedScale> {
-  F32 scale, offset;
-  FixedExp2 exp2;
-  explicit ScoreLine(float scale) : scale(splat(scale * FixedExp2::kOne)) {}
-  void start(F32 pivot) { offset = splat(FixedExp2::kOffset) - pivot * splat(FixedExp2::kOne); }
-  template <bool MASKED>
-  FASTATTN_INLINE I32 exponent(F32 score, Mask seen) const {
-    return MASKED ? exp2.fixed(score, scale, offset, seen) : exp2.fixed(score, scale, offset);
-  }
-  bool exceeded(I32 bits) const { return exp2.exceeded(bits); }
-};
-
-// The same with fp32 for the rows that integers cannot hold, which keep the bits of others as they are.
-struct MixedScale {};
-template <>
-struct ScoreLine<MixedScale> {
-  ScoreLine<FixedScale> by_integers;
-  ScoreLine<FoldedScale> in_fp32;
-  Mask lost;
-  explicit ScoreLine(float scale) : by_integers(scale), in_fp32(scale) {}
-  void start(F32 pivot) { by_integers.start(pivot), in_fp32.start(pivot); }
-  bool exceeded(I32) const { return false; }
-};
-
 template <class T>
 class AmxForward {
   static constexpr int kParts = kTileParts<T>;
-  static constexpr int kRun = kTileSide;  // keys that are masked, or skipped, together
+  static constexpr int kRun = RunWeights<T>::kKeys;  // keys that are masked, or skipped, together
   static constexpr int kRuns = kGranule / kRun;
   static constexpr int64_t kHeldBytes = 32 << 10;
   static constexpr float kMargin = 7;  // of a pivot over the maximum it was taken from, as an exponent of 2
@@ -231,9 +195,7 @@ class AmxForward {
   void walk() {
     Unit *now = &unit_[0], *next = &unit_[1];
     if (!next_unit(now)) return;
-    set_scores(*now);
-    multiply();
-    products_.has_scores = false;
+    compute_scores(*now);
     for (bool more = true; more;) {
       more = next_unit(next);
       if (more) set_scores(*next);
@@ -250,10 +212,7 @@ class AmxForward {
   void walk_exactly() {
     Unit& u = unit_[0];
     while (next_unit(&u)) {
-      products_.has_values = false;
-      set_scores(u);
-      multiply();
-      products_.has_scores = false;
+      compute_scores(u);
       softmax_of(u);
       set_values(u);
       multiply();
@@ -264,6 +223,14 @@ class AmxForward {
   // Whether a head's keys and values are more than the first-level cache can hold beside all else: then it
   // does better without them.
   bool streams() const { return a_.Sk * kParts * (D_ + Dv_) * 2 > kHeldBytes; }
+
+  // The scores of a unit at once, with nothing beside them.
+  void compute_scores(const Unit& u) {
+    products_.has_values = false;
+    set_scores(u);
+    multiply();
+    products_.has_scores = false;
+  }
 
   void multiply() { TileQueue(tiles_, products_.begin(), products_.end()).drain(); }
 
@@ -429,10 +396,7 @@ class AmxForward {
   }
 
   void start_again(Unit& u) {
-    products_.has_values = false;
-    set_scores(u);
-    multiply();
-    products_.has_scores = false;
+    compute_scores(u);
     add_terms(u);
     set_pivots(u);
   }
@@ -459,7 +423,8 @@ class AmxForward {
     for (int c = 0; c < vectors_of(u); ++c) {
       F32 top = splat(-__builtin_inff());
       for (int r = 0; r < kRuns; ++r) {
-        if (uint16_t(u.rows[r] >> (c * kLanes))) top = max(top, max_of<MASKED>(weights_of(u, c, r)));
+        if (uint16_t(u.rows[r] >> (c * kLanes)))
+          top = max(top, weights_of(u, c, r).template max_of<MASKED>());
       }
       float *pivots = buf_.max + u.pass * kPass + c * kLanes, *sums = buf_.sum + u.pass * kPass + c * kLanes;
       const F32 before = load(pivots), maximum = Units::maximum(top, scale);
@@ -513,17 +478,17 @@ class AmxForward {
     float *pivots = buf_.max + u.pass * kPass, *sums_at = buf_.sum + u.pass * kPass;
     TileQueue queue(tiles_, products_.begin(), products_.end());
     ScoreLine<Units> line(a_.scale * kLog2E);
-    Sums sums[2];
+    WeightSums sums[2];
     for (int c = 0; c < vectors; ++c) {
       const F32 pivot = load(pivots + c * kLanes);
       // A row that has seen nothing yet has none; any finite one gives its keys exp2(-inf) = 0.
       line.start(select(pivot > splat(-__builtin_inff()), pivot, zero()));
       if constexpr (__is_same(Units, MixedScale)) line.lost = lost_[c];
-      Sums s{load(sums_at + c * kLanes), zero(), splat_int(0)};
+      WeightSums s{load(sums_at + c * kLanes), zero(), splat_int(0)};
       for (int r = 0; r < kRuns; ++r) {
         prefetch_.step();
         if (!u.live(r / 2)) continue;
-        const Weights w = weights_of(u, c, r);
+        const RunWeights<T> w = weights_of(u, c, r);
         if (MASKED && !uint16_t(u.rows[r] >> (c * kLanes))) {
           w.clear();
           continue;
@@ -547,109 +512,28 @@ class AmxForward {
     return true;
   }
 
-  struct Sums {
-    F32 even, odd;
-    I32 bits;  // of all weights, or of all exponents, or-ed
-  };
-
-  // 16 keys of one lane vector: scores in, pairs of probabilities out, over scores that have been read.
-  struct Weights {
-    const float* scores;
-    int32_t *high, *low;
-    const uint16_t *seen, *keep;  // a word of the rows a key, this lane vector's part of it
-
-    FASTATTN_INLINE void put(int pair, F32 e0, F32 e1) const {
-      const I32 rounded = pack_pairs_loosely(e0, e1);
-      store(high + pair * kPass, rounded);
-      if constexpr (kParts > 1) {
-        store(low + pair * kPass,
-              pack_pairs_loosely(e0 - low_of_pairs(rounded), e1 - high_of_pairs(rounded)));
-      }
-    }
-    FASTATTN_INLINE void clear() const {
-      for (int i = 0; i < kRun / 2; ++i) put(i, zero(), zero());
-    }
-    FASTATTN_INLINE Mask sees(int j) const { return mask_of_bits(seen[j * 2]); }
-  };
-
-  FASTATTN_INLINE Weights weights_of(const Unit& u, int c, int run) const {
+  FASTATTN_INLINE RunWeights<T> weights_of(const Unit& u, int c, int run) const {
     const int key = run * kRun, at = c * kLanes;
-    return {scores_in(u) + key * kPass + at, (int32_t*)scores_in(u) + key / 2 * kPass + at,
-            (int32_t*)buf_.low[u.slot] + key / 2 * kPass + at, (const uint16_t*)(u.words + key) + c,
-            (const uint16_t*)(u.keep + key) + c};
-  }
-
-  template <bool MASKED>
-  static FASTATTN_INLINE F32 score(const Weights& k, int j) {
-    const F32 x = load(k.scores + j * kPass);
-    return MASKED ? select(k.sees(j), x, splat(-__builtin_inff())) : x;
-  }
-
-  template <bool MASKED>
-  static FASTATTN_INLINE F32 max_of(const Weights& k) {
-    F32 top[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) top[i] = score<MASKED>(k, i);
-#pragma GCC unroll 12
-    for (int j = 4; j < kRun; ++j) top[j % 4] = max(top[j % 4], score<MASKED>(k, j));
-    return max(max(top[0], top[1]), max(top[2], top[3]));
+    return {scores_in(u) + key * kPass + at,
+            (int32_t*)scores_in(u) + key / 2 * kPass + at,
+            (int32_t*)buf_.low[u.slot] + key / 2 * kPass + at,
+            (const uint16_t*)(u.words + key) + c,
+            (const uint16_t*)(u.keep + key) + c,
+            a_.dropout_scale};
   }
 
   // Two pairs of keys and the tile products that go with them.
   template <class Units, bool MASKED, bool DROPOUT, int RATE, int SITE>
-  FASTATTN_INLINE void site(const Weights& k, const ScoreLine<Units>& line, Sums* sums, TileQueue& queue,
-                            bool* busy) const {
+  static FASTATTN_INLINE void site(const RunWeights<T>& w, const ScoreLine<Units>& line, WeightSums* sums,
+                                   TileQueue& queue, bool* busy) {
     if constexpr (SITE * RATE % 4 == 0) *busy = queue.busy();  // a step begins
     if (*busy) {
       queue.template multiply<SITE * RATE % 4>();
       if constexpr (RATE > 1) queue.template multiply<SITE * RATE % 4 + 1>();
       if constexpr (RATE > 2) queue.template multiply<2>(), queue.template multiply<3>();
     }
-    weigh_pair<Units, MASKED, DROPOUT>(k, 2 * SITE, line, sums);
-    weigh_pair<Units, MASKED, DROPOUT>(k, 2 * SITE + 1, line, sums);
-  }
-
-  template <class Units, bool MASKED, bool DROPOUT>
-  FASTATTN_INLINE void weigh_pair(const Weights& k, int i, const ScoreLine<Units>& line, Sums* sums) const {
-    if constexpr (__is_same(Units, FixedScale)) {
-      store(k.high + i * kPass, pair_by_integers<MASKED>(k, i, line, sums));
-    } else if constexpr (__is_same(Units, MixedScale)) {
-      const F32 e0 = weight<FoldedScale, MASKED>(k, 2 * i, line.in_fp32);
-      const F32 e1 = weight<FoldedScale, MASKED>(k, 2 * i + 1, line.in_fp32);
-      const Sums before = *sums;
-      const I32 pair = pair_by_integers<MASKED>(k, i, line.by_integers, sums);
-      sums->even = select(line.lost, before.even + e0, sums->even);
-      sums->odd = select(line.lost, before.odd + e1, sums->odd);
-      const I32 rounded = pack_pairs_loosely(e0, e1);
-      store(k.high + i * kPass, bits_of(select(line.lost, float_of(rounded), float_of(pair))));
-    } else {
-      F32 e0 = weight<Units, MASKED>(k, 2 * i, line), e1 = weight<Units, MASKED>(k, 2 * i + 1, line);
-      sums->even = sums->even + e0;
-      sums->odd = sums->odd + e1;
-      sums->bits = or3(sums->bits, bits_of(e0), bits_of(e1));
-      if constexpr (DROPOUT) e0 = kept(k, 2 * i, e0), e1 = kept(k, 2 * i + 1, e1);
-      k.put(i, e0, e1);
-    }
-  }
-
-  template <class Units, bool MASKED>
-  static FASTATTN_INLINE F32 weight(const Weights& k, int j, const ScoreLine<Units>& line) {
-    return exp2<kExpDegree<T>>(Units::exponent(score<MASKED>(k, j), line.scale, line.pivot));
-  }
-  template <bool MASKED>
-  static FASTATTN_INLINE I32 pair_by_integers(const Weights& k, int i, const ScoreLine<FixedScale>& line,
-                                              Sums* sums) {
-    const I32 x0 = line.template exponent<MASKED>(load(k.scores + 2 * i * kPass), k.sees(2 * i));
-    const I32 x1 = line.template exponent<MASKED>(load(k.scores + (2 * i + 1) * kPass), k.sees(2 * i + 1));
-    sums->bits = or3(sums->bits, x0, x1);
-    const I32 pair = line.exp2.pairs(x0, x1);
-    F32& sum = i % 2 ? sums->odd : sums->even;
-    sum = line.exp2.add_pairs(pair, sum);
-    return pair;
-  }
-
-  FASTATTN_INLINE F32 kept(const Weights& k, int j, F32 e) const {
-    return select(mask_of_bits(k.keep[j * kVectors]), e * splat(a_.dropout_scale), zero());
+    w.template weigh_pair<MASKED, DROPOUT>(2 * SITE, line, sums);
+    w.template weigh_pair<MASKED, DROPOUT>(2 * SITE + 1, line, sums);
   }
 
   // O^T of one lane vector times alpha.

@@ -345,7 +345,7 @@ def narrowed(lowered: Lowered, bias: Tensor) -> Lowered:
         plain = type(bias) in (Tensor, torch.nn.Parameter)
         if not plain or shape.Sq <= _DECODE_ROWS or shape.Sk <= GRANULE:
             return lowered
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        if waits.transformed() or torch._C._len_torch_dispatch_stack():
             return lowered
     once = unbroadcast(bias.detach())
     if once.shape[3] == 1:
