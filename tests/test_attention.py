@@ -201,6 +201,35 @@ def test_lse(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1, 40])
+@pytest.mark.parametrize(
+    "mask", [None, masks.Causal(), masks.SlidingWindow(100, 30), masks.KeyPadding([333])]
+)
+def test_scores_that_outgrow_their_pivots(isa, mask, factor, dtype):
+    """A row's pivot comes from the keys it met first; what is much larger later takes another, in any granule."""
+    q, k, v = inputs(1, 2, 2, 130, 400, 64, 64, dtype)
+    k *= torch.logspace(-2, 0, 400, 10.0)[:, None].to(dtype) * factor
+    k[0, 0, 320] = 10 * q[0, 0, 100]  # one row, late
+    dense = None if mask is None else mask.to_dense(130, 400, 1, 2)
+    exact, theirs = exact_and_torch(q, k, v, mask=dense)
+    out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True)
+    assert_right(out, exact, theirs)
+    exact_lse = reference.attention(q.double(), k.double(), v.double(), mask=dense, return_lse=True)[1]
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_outgrows_its_pivot_leaves_its_neighbours_bits(isa, dtype):
+    q, k, v = inputs(1, 1, 1, 64, 200, 64, 64, dtype)
+    others = torch.arange(64) != 20
+    before = fastattn.attention(q, k, v, return_lse=True)
+    q[0, 0, 20] = 30 * k[0, 0, 150]
+    after = fastattn.attention(q, k, v, return_lse=True)
+    for x, y in zip(before, after):
+        assert torch.equal(x[:, :, others], y[:, :, others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_hidden_numbers_stay_hidden(isa, dtype, poison):
     """Keys that no row, or only some rows, may see hold NaN: nothing of it comes out."""

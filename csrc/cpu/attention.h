@@ -7,13 +7,19 @@
 // served without a padded copy. Q^T is packed once a task; bf16 and fp16 keys and values are widened (or,
 // where the machine has a bf16 dot, interleaved) a granule at a time.
 //
+// A row keeps the pivot it got from the first keys it saw, 7 over their maximum as an exponent of 2, until
+// its weights of a granule sum to more than 64: then the scores are computed again and it gets a new one. So
+// nothing looks for maxima and O^T is hardly ever rescaled, 5 to 7 % of a call in fp32; weights of 2^-7 are
+// as exact as those of 1. With terms, which may grow from granule to granule, each granule's maxima are
+// looked for.
+//
 // Hidden NaN: 0 * NaN in P V would reach the output, so a task whose result is not finite is computed once
 // more on the exact path, which adds the rows of V that are not finite only where they are seen.
 #pragma once
 
 #include "attention_args.h"
+#include "attention_operands.h"
 #include "block_mask.h"
-#include "matmul.h"
 #include "score_terms.h"
 
 namespace fastattn {
@@ -61,7 +67,7 @@ struct ReadKeys {
 
 // Scratch of one thread, carved from one allocation.
 struct AttentionBuffers {
-  float *q, *scores, *terms, *out, *k, *v, *max, *sum, *alpha;
+  float *q, *scores, *terms, *out, *k, *v, *pivot, *sum, *alpha;
   ReadKeys* read;
 
   static int64_t bytes(const AttentionArgs& a) {
@@ -75,95 +81,10 @@ struct AttentionBuffers {
       return at;
     };
     q = take(a.D), scores = take(kGranule), terms = take(kGranule), out = take(a.Dv);
-    k = take((a.D > a.Dv ? a.D : a.Dv) + 16), v = take(a.Dv + 16), max = take(1), sum = take(1),
+    k = take((a.D > a.Dv ? a.D : a.Dv) + 16), v = take(a.Dv + 16), pivot = take(1), sum = take(1),
     alpha = take(1), read = (ReadKeys*)take(1);
   }
 };
-
-// rows x width elements, a row every `stride`, to fp32 rows of `width`.
-template <class T>
-void widen_rows(const T* x, int64_t stride, int rows, int64_t width, float* out) {
-  for (int r = 0; r < rows; ++r, x += stride, out += width) {
-    int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) store(out + d, load(x + d));
-    if (d < width) store_n(out + d, load_n(x + d, width - d), width - d);
-  }
-}
-
-// x[row][word] of `count` rows to out[word][lane], ROW floats a word; lanes past `count` are 0. Words are
-// floats or bf16 pairs.
-template <int64_t ROW = kGranule, class Load>
-void pack_transposed(int count, int64_t words, float* out, const Load& load_words) {
-  for (int c = 0; c < kVectors && c * kLanes < count; ++c) {
-    for (int64_t d = 0; d < words; d += kLanes) {
-      F32 r[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int row = c * kLanes + i;
-        r[i] = row < count ? load_words(row, d) : zero();
-      }
-      transpose(r);
-      for (int i = 0; i < kLanes && d + i < words; ++i) store(out + (d + i) * ROW + c * kLanes, r[i]);
-    }
-  }
-}
-
-// The products on fp32 operands: in place for fp32, widened for the rest.
-template <class T>
-struct WidenedOperands {
-  using Product = FmaProduct;
-  static constexpr int kKeysPerStep = 1;
-
-  static void pack_q(const T* q, int64_t stride, int count, int64_t width, float* out) {
-    pack_transposed(count, width, out,
-                    [&](int row, int64_t d) { return load_n(q + row * stride + d, width - d); });
-  }
-  static Broadcast keys(const T* k, int64_t stride, int n, int64_t width, float* buffer) {
-    if constexpr (sizeof(T) == 4) return {(const char*)k, stride * 4, 4};
-    widen_rows(k, stride, n, width, buffer);
-    return {(const char*)buffer, width * 4, 4};
-  }
-  static Broadcast values(const T* v, int64_t stride, int n, int64_t width, float* buffer) {
-    if constexpr (sizeof(T) == 4) return {(const char*)v, 4, stride * 4};
-    widen_rows(v, stride, n, width, buffer);
-    return {(const char*)buffer, 4, width * 4};
-  }
-  static int64_t steps(int64_t width) { return width; }
-};
-
-#ifdef FASTATTN_HAS_DOT2
-// The products on bf16 pairs; D is even. K is read in place, V as pairs of adjacent keys.
-struct PairedOperands {
-  using Product = Dot2Product;
-  static constexpr int kKeysPerStep = 2;
-
-  static void pack_q(const BFloat16* q, int64_t stride, int count, int64_t width, float* out) {
-    pack_transposed(count, width / 2, out, [&](int row, int64_t d) {
-      return load_n((const float*)(q + row * stride) + d, width / 2 - d);
-    });
-  }
-  static Broadcast keys(const BFloat16* k, int64_t stride, int, int64_t, float*) {
-    return {(const char*)k, stride * 2, 4};
-  }
-  static Broadcast values(const BFloat16* v, int64_t stride, int n, int64_t width, float* buffer) {
-    int32_t* out = (int32_t*)buffer;
-    for (int j = 0; j < n; j += 2, v += 2 * stride, out += width) {
-      int64_t d = 0;
-      if (j + 1 < n) {
-        for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
-          I32 first, last;
-          interleave(v + d, v + stride + d, &first, &last);
-          store(out + d, first);
-          store(out + d + kLanes, last);
-        }
-      }
-      for (; d < width; ++d)
-        out[d] = int32_t(v[d].bits | (j + 1 < n ? uint32_t(v[stride + d].bits) << 16 : 0));
-    }
-    return {(const char*)buffer, 4, width * 4};
-  }
-  static int64_t steps(int64_t width) { return width / 2; }
-};
-#endif
 
 // The rows of a task.
 struct TaskRows {
@@ -269,6 +190,8 @@ template <class T, class Operands>
 class AttentionForward {
   using Product = typename Operands::Product;
   static constexpr int kKeysPerStep = Operands::kKeysPerStep;
+  static constexpr int kWeighed = kTileVectors / 2;  // lane vectors whose weights are made side by side
+  static constexpr float kMargin = 7;  // of a pivot over the maximum it was taken from, as an exponent of 2
 
  public:
   // False where the result is not finite although rows hide keys: compute again on the exact path.
@@ -294,7 +217,8 @@ class AttentionForward {
       }
       f.granule(g);
     }
-    const bool finite = finish_rows<T>(a, f.rows_, f.buf_.out, f.buf_.max, f.buf_.sum);
+    if (!f.started_) f.clear_out();
+    const bool finite = finish_rows<T>(a, f.rows_, f.buf_.out, f.buf_.pivot, f.buf_.sum);
     return finite || !(f.hides_keys_ || a.bias) || exact;
   }
 
@@ -314,9 +238,13 @@ class AttentionForward {
     k_ = (const T*)a_.k.data + rows_.b * a_.k.batch + kv_head_ * a_.k.head;
     v_ = (const T*)a_.v.data + rows_.b * a_.v.batch + kv_head_ * a_.v.head;
     for (int c = 0; c < vectors_; ++c) {
-      store(buf_.max + c * kLanes, splat(-__builtin_inff()));
+      store(buf_.pivot + c * kLanes, splat(-__builtin_inff()));
       store(buf_.sum + c * kLanes, zero());
     }
+    for (int r = rows_.count; r < vectors_ * kLanes; ++r) buf_.pivot[r] = 0;  // lanes of no row need none
+  }
+
+  void clear_out() {
     for (int64_t d = 0; d < a_.Dv; ++d) {
       for (int c = 0; c < vectors_; ++c) store(buf_.out + d * kGranule + c * kLanes, zero());
     }
@@ -331,11 +259,23 @@ class AttentionForward {
   }
 
   void granule(BlockMask::Granule g) {
-    scores(g);
-    if (terms_) apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms, 0, vectors_);
-    if (exact_ && a_.bias) hide_by_bias(&g);
     if (a_.dropout) dropout_words(a_, rows_, g.key, g.keys, keep_);
-    terms_ ? softmax<NaturalScores>(g.partial) : softmax<FoldedScale>(g.partial);
+    scores(g);
+    rescales_ = false;
+    if (terms_) {
+      apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms, 0, vectors_);
+      if (exact_ && a_.bias) hide_by_bias(&g);
+      take_pivots<NaturalScores>(g.partial);
+      weigh<NaturalScores>(g.partial);
+    } else {
+      if (lacks_pivots_) take_pivots<FoldedScale>(g.partial);
+      if (!weigh<FoldedScale>(g.partial)) {
+        scores(g);
+        take_pivots<FoldedScale>(g.partial);
+        weigh<FoldedScale>(g.partial);
+      }
+    }
+    add_sums();
     values(g);
   }
 
@@ -352,15 +292,6 @@ class AttentionForward {
     g->partial = true;
   }
 
-  template <class Units>
-  void softmax(bool masked) {
-    if (masked) {
-      a_.dropout ? softmax<Units, true, true>() : softmax<Units, true, false>();
-    } else {
-      a_.dropout ? softmax<Units, false, true>() : softmax<Units, false, false>();
-    }
-  }
-
   void scores(const BlockMask::Granule& g) {
     const Broadcast keys = Operands::keys(k_ + g.key * a_.k.row, a_.k.row, g.keys, a_.D, buf_.k);
     for (int s = 0; s < segments_; ++s) {
@@ -372,61 +303,114 @@ class AttentionForward {
     }
   }
 
-  // Scores to probabilities, a lane vector at a time. fp32 stays in place; pairs go to `terms`.
-  template <class Units, bool MASKED, bool DROPOUT>
-  void softmax() {
-    const F32 scale = splat(a_.scale * kLog2E);
-    rescaled_ = false;
+  // New pivots for rows whose maximum is over theirs; what they have so far is to be scaled by alpha.
+  template <class Units>
+  void take_pivots(bool masked) {
+    const F32 scale = splat(a_.scale * kLog2E), hidden = splat(-__builtin_inff());
+    // Where all rows see all keys the first few tell enough.
+    const int few = lacks_pivots_ && !masked && !terms_ ? 16 : kGranule;
+    lacks_pivots_ = false;
     for (int c = 0; c < vectors_; ++c) {
-      float* column = buf_.scores + c * kLanes;
-      F32 top0 = splat(-__builtin_inff()), top1 = top0;
+      F32 top[4] = {hidden, hidden, hidden, hidden};
       for (int s = 0; s < segments_; ++s) {
-        const Segment seg = segment_[s];
+        const Segment& seg = segment_[s];
         if (c < seg.from || c >= seg.to) continue;
-        int j = seg.first;
-        if constexpr (MASKED) {
-          for (; j < seg.last; ++j) {
-            const F32 x = select(visible(j, c), load(column + j * kGranule), splat(-__builtin_inff()));
-            store(column + j * kGranule, x);
-            top0 = max(top0, x);
-          }
+        for (int j = seg.first; j < seg.last && j < few; ++j) {
+          const F32 x = load(buf_.scores + j * kGranule + c * kLanes);
+          top[j % 4] = max(top[j % 4], masked ? select(visible(j, c), x, hidden) : x);
+        }
+      }
+      const F32 before = load(buf_.pivot + c * kLanes);
+      const F32 now = Units::maximum(max(max(top[0], top[1]), max(top[2], top[3])), scale);
+      // Which of the others the row came with must not matter: those that have a pivot that fits keep it.
+      const F32 kept = select(outgrown(c), before, splat(__builtin_inff()));
+      const Mask over = now > (terms_ ? before : select(before > hidden, kept, before));
+      const F32 pivot = select(over, now + splat(kMargin * Units::kUnit), before);
+      store(buf_.pivot + c * kLanes, pivot);
+      store(buf_.alpha + c * kLanes, select(over, exp2<5>(Units::difference(before, pivot)), splat(1.f)));
+      rescales_ |= any(over) && any(before > hidden);
+      lacks_pivots_ |= bits_of(pivot > hidden) != low_bits(kLanes);
+    }
+  }
+
+  // Scores to weights; false where some have outgrown their pivots.
+  template <class Units>
+  bool weigh(bool masked) {
+    memset(fresh_, 0, sizeof fresh_);
+    for (int s = 0; s < segments_; ++s) {
+      for (int c = segment_[s].from; c < segment_[s].to;) {
+        const int n = segment_[s].to - c < kWeighed ? 1 : kWeighed;
+        if (masked) {
+          a_.dropout ? weigh<Units, true, true>(segment_[s], c, n)
+                     : weigh<Units, true, false>(segment_[s], c, n);
         } else {
-          for (; j + 2 <= seg.last; j += 2) {
-            top0 = max(top0, load(column + j * kGranule));
-            top1 = max(top1, load(column + (j + 1) * kGranule));
-          }
-          if (j < seg.last) top0 = max(top0, load(column + j * kGranule));
+          a_.dropout ? weigh<Units, false, true>(segment_[s], c, n)
+                     : weigh<Units, false, false>(segment_[s], c, n);
         }
+        c += n;
       }
-      const F32 before = load(buf_.max + c * kLanes),
-                now = max(before, Units::maximum(max(top0, top1), scale));
-      // A row that has seen nothing yet has no maximum; any finite pivot gives its keys exp2(-inf) = 0.
-      const F32 pivot = select(now > splat(-__builtin_inff()), now, zero());
-      const F32 alpha = exp2<5>(Units::difference(before, pivot));
-      store(buf_.max + c * kLanes, now);
-      store(buf_.alpha + c * kLanes, alpha);
-      rescaled_ |= any(now > before);
-      F32 sum0 = load(buf_.sum + c * kLanes) * alpha, sum1 = zero();
-      for (int s = 0; s < segments_; ++s) {
-        const Segment seg = segment_[s];
-        if (c < seg.from || c >= seg.to) continue;
-        int j = seg.first;
-        for (; j + 2 <= seg.last; j += 2) {
-          F32 e0 = exp2<kExpDegree<T>>(Units::exponent(load(column + j * kGranule), scale, pivot));
-          F32 e1 = exp2<kExpDegree<T>>(Units::exponent(load(column + (j + 1) * kGranule), scale, pivot));
-          sum0 = sum0 + e0;
-          sum1 = sum1 + e1;
-          if constexpr (DROPOUT) e0 = kept(j, c, e0), e1 = kept(j + 1, c, e1);
-          put(column, j, c, e0, e1);
-        }
-        if (j < seg.last) {
-          F32 e = exp2<kExpDegree<T>>(Units::exponent(load(column + j * kGranule), scale, pivot));
-          sum0 = sum0 + e;
-          if constexpr (DROPOUT) e = kept(j, c, e);
-          put(column, j, c, e, zero());
-        }
+    }
+    bool fit = true;
+    for (int c = 0; c < vectors_; ++c) fit &= !any(outgrown(c));
+    return fit;
+  }
+
+  // Rows of which a weight of this granule is more than 1, for sure.
+  Mask outgrown(int c) const { return load(fresh_ + c * kLanes) > splat(float(kGranule)); }
+
+  template <class Units, bool MASKED, bool DROPOUT>
+  void weigh(const Segment& seg, int c, int n) {
+    n == 1 ? weigh<Units, MASKED, DROPOUT, 1>(seg, c) : weigh<Units, MASKED, DROPOUT, kWeighed>(seg, c);
+  }
+
+  // N lane vectors from c on. fp32 stays in place; pairs go to `terms`.
+  template <class Units, bool MASKED, bool DROPOUT, int N>
+  void weigh(const Segment& seg, int c) {
+    const F32 scale = splat(a_.scale * kLog2E);
+    F32 pivot[N], even[N], odd[N];
+    for (int i = 0; i < N; ++i) {
+      const F32 x = load(buf_.pivot + (c + i) * kLanes);
+      // A row that has seen nothing yet has none; any finite one gives its keys exp2(-inf) = 0.
+      pivot[i] = select(x > splat(-__builtin_inff()), x, zero());
+      even[i] = odd[i] = zero();
+    }
+    int j = seg.first;
+    for (; j + 2 <= seg.last; j += 2) {
+      for (int i = 0; i < N; ++i) {
+        F32 e0 = weight<Units, MASKED>(j, c + i, scale, pivot[i]);
+        F32 e1 = weight<Units, MASKED>(j + 1, c + i, scale, pivot[i]);
+        even[i] = even[i] + e0;
+        odd[i] = odd[i] + e1;
+        if constexpr (DROPOUT) e0 = kept(j, c + i, e0), e1 = kept(j + 1, c + i, e1);
+        put(j, c + i, e0, e1);
       }
-      store(buf_.sum + c * kLanes, sum0 + sum1);
+    }
+    if (j < seg.last) {
+      for (int i = 0; i < N; ++i) {
+        F32 e = weight<Units, MASKED>(j, c + i, scale, pivot[i]);
+        even[i] = even[i] + e;
+        if constexpr (DROPOUT) e = kept(j, c + i, e);
+        put(j, c + i, e, zero());
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      float* at = fresh_ + (c + i) * kLanes;
+      store(at, load(at) + (even[i] + odd[i]));
+    }
+  }
+
+  template <class Units, bool MASKED>
+  FASTATTN_INLINE F32 weight(int j, int c, F32 scale, F32 pivot) const {
+    const F32 x = load(buf_.scores + j * kGranule + c * kLanes);
+    return exp2<kExpDegree<T>>(
+        Units::exponent(MASKED ? select(visible(j, c), x, splat(-__builtin_inff())) : x, scale, pivot));
+  }
+
+  void add_sums() {
+    for (int c = 0; c < vectors_; ++c) {
+      F32 sum = load(buf_.sum + c * kLanes);
+      if (rescales_) sum = sum * load(buf_.alpha + c * kLanes);
+      store(buf_.sum + c * kLanes, sum + load(fresh_ + c * kLanes));
     }
   }
 
@@ -436,10 +420,11 @@ class AttentionForward {
   FASTATTN_INLINE F32 kept(int j, int c, F32 e) const {
     return select(mask_of_bits(uint32_t(keep_[j] >> (c * kLanes))), e * splat(a_.dropout_scale), zero());
   }
-  FASTATTN_INLINE void put([[maybe_unused]] float* column, int j, [[maybe_unused]] int c, F32 e0, F32 e1) {
+  FASTATTN_INLINE void put(int j, int c, F32 e0, F32 e1) {
     if constexpr (kKeysPerStep == 1) {
-      store(column + j * kGranule, e0);
-      store(column + (j + 1) * kGranule, e1);  // past the last key: a row of the 64 that nobody reads
+      float* at = buf_.scores + j * kGranule + c * kLanes;
+      store(at, e0);
+      store(at + kGranule, e1);  // past the last key: a row of the 64 that nobody reads
     } else {
 #ifdef FASTATTN_HAS_DOT2
       store((int32_t*)buf_.terms + j / 2 * kGranule + c * kLanes, pack_pairs(e0, e1));
@@ -456,8 +441,7 @@ class AttentionForward {
       if (poisoned) v = (const T*)buf_.k, stride = a_.Dv;
     }
     const Broadcast values = Operands::values(v, stride, g.keys, a_.Dv, buf_.v);
-    const float* p = kKeysPerStep == 1 ? buf_.scores : buf_.terms;
-    if (rescaled_) {
+    if (rescales_) {
       for (int64_t d = 0; d < a_.Dv; ++d) {
         for (int c = 0; c < vectors_; ++c) {
           float* at = buf_.out + d * kGranule + c * kLanes;
@@ -465,15 +449,28 @@ class AttentionForward {
         }
       }
     }
+    const bool whole = segments_ == 1 && segment_[0].from == 0 && segment_[0].to == vectors_;
+    if (started_ || !whole) {
+      if (!started_) clear_out();
+      multiply_values<Start::kAccumulate>(values);
+    } else {
+      multiply_values<Start::kZero>(values);
+    }
+    started_ = true;
+    for (int j = 0; poisoned; ++j, poisoned >>= 1) {
+      if (poisoned & 1) add_where_seen(v_ + (g.key + j) * a_.v.row, j);
+    }
+  }
+
+  template <Start START>
+  void multiply_values(const Broadcast& values) {
+    const float* p = kKeysPerStep == 1 ? buf_.scores : buf_.terms;
     for (int s = 0; s < segments_; ++s) {
       const Segment& seg = segment_[s];
       const int from = seg.first / kKeysPerStep, to = (seg.last + kKeysPerStep - 1) / kKeysPerStep;
       const Broadcast part{values.data + from * values.step_bytes, values.row_bytes, values.step_bytes};
-      product<Product, Start::kAccumulate, true>(part, a_.Dv, to - from, p + from * kGranule, buf_.out,
-                                                 seg.from, seg.to, kGranule, kGranule, &prefetch_);
-    }
-    for (int j = 0; poisoned; ++j, poisoned >>= 1) {
-      if (poisoned & 1) add_where_seen(v_ + (g.key + j) * a_.v.row, j);
+      product<Product, START, true>(part, a_.Dv, to - from, p + from * kGranule, buf_.out, seg.from, seg.to,
+                                    kGranule, kGranule, &prefetch_);
     }
   }
 
@@ -519,9 +516,10 @@ class AttentionForward {
   int64_t kv_head_ = 0;
   const T *k_ = nullptr, *v_ = nullptr;
   Prefetch prefetch_;
-  bool hides_keys_ = false, rescaled_ = false;
+  bool started_ = false, hides_keys_ = false, lacks_pivots_ = true, rescales_ = false;
   int segments_ = 0;
   Segment segment_[4];
+  alignas(64) float fresh_[kGranule] = {};  // of each row: the sum of this granule's weights
   alignas(64) uint64_t words_[kGranule];
   uint64_t keep_[kGranule];
 };
