@@ -221,6 +221,7 @@ def test_scores_that_outgrow_their_pivots(isa, mask, factor, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_that_outgrows_its_pivot_leaves_its_neighbours_bits(isa, dtype):
     q, k, v = inputs(1, 1, 1, 64, 200, 64, 64, dtype)
+    k[:, :, 64:] *= 3  # many rows come to weights over 1, which are no reason for a new pivot
     others = torch.arange(64) != 20
     before = fastattn.attention(q, k, v, return_lse=True)
     q[0, 0, 20] = 30 * k[0, 0, 150]

@@ -128,7 +128,6 @@ class AmxForward {
     uint64_t poisoned;                     // exact path: keys whose values are not finite, 0 in `data`
     uint32_t rows[kRuns];                  // of each run of keys: the rows that see any of them
     alignas(64) uint32_t words[kGranule];  // of each key: the rows that see it
-    uint64_t keep[kGranule];
 
     bool live(int block) const { return rows[2 * block] | rows[2 * block + 1]; }
     int first_live() const { return live(0) ? 0 : 1; }
@@ -290,7 +289,6 @@ class AmxForward {
       u->key = granule_.key, u->keys = granule_.keys;
       u->slot = slot_ ^= 1;
       u->poisoned = poisoned_, u->data = data_;
-      if (a_.dropout) dropout_words(a_, rows_[u->pass], u->key, u->keys, u->keep);
       return true;
     }
   }
@@ -488,6 +486,9 @@ class AmxForward {
       for (int r = 0; r < kRuns; ++r) {
         prefetch_.step();
         if (!u.live(r / 2)) continue;
+        if constexpr (DROPOUT) {
+          if (c == 0) draw_keep(u, r);
+        }
         const RunWeights<T> w = weights_of(u, c, r);
         if (MASKED && !uint16_t(u.rows[r] >> (c * kLanes))) {
           w.clear();
@@ -512,13 +513,19 @@ class AmxForward {
     return true;
   }
 
+  // A run's dropout, here and not for a whole unit at once: the matrix unit would have gone to sleep.
+  void draw_keep(const Unit& u, int run) {
+    const int key = run * kRun, keys = u.keys - key < kRun ? u.keys - key : kRun;
+    dropout_words(a_, rows_[u.pass], u.key + key, keys, keep_ + key);
+  }
+
   FASTATTN_INLINE RunWeights<T> weights_of(const Unit& u, int c, int run) const {
     const int key = run * kRun, at = c * kLanes;
     return {scores_in(u) + key * kPass + at,
             (int32_t*)scores_in(u) + key / 2 * kPass + at,
             (int32_t*)buf_.low[u.slot] + key / 2 * kPass + at,
             (const uint16_t*)(u.words + key) + c,
-            (const uint16_t*)(u.keep + key) + c,
+            (const uint16_t*)(keep_ + key) + c,
             a_.dropout_scale};
   }
 
@@ -560,6 +567,7 @@ class AmxForward {
   int slot_ = 0;
   Prefetch prefetch_;
   Unit unit_[2];
+  uint64_t keep_[kGranule];
   Products products_;
 };
 

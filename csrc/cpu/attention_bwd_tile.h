@@ -295,7 +295,11 @@ class GradientTile {
 
   // keep_[row]: bit j says whether the row keeps key j.
   void dropout() {
-    dropout_words(a_, rows_, key_, keys_, keep_);
+    constexpr int kRun = 16;
+    for (int j = 0; j < keys_; j += kRun) {
+      dropout_words(a_, rows_, key_ + j, keys_ - j < kRun ? keys_ - j : kRun, keep_ + j);
+      if constexpr (Rows::kTiles) matrices_.keep_awake();
+    }
     for (int j = keys_; j < kGranule; ++j) keep_[j] = 0;
     transpose_bits(keep_);
   }

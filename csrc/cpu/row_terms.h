@@ -69,6 +69,7 @@ void apply_row_terms(const AttentionArgs& a, const PackedRows& rows, int64_t key
 inline uint64_t dropout_row_word(const AttentionArgs& a, const PackedRows& rows, int r, int64_t key,
                                  int keys) {
   uint64_t word = 0;
+  const Philox philox(a.dropout_seed);
   const I32 threshold = splat_int(int32_t(a.dropout_threshold));
   alignas(64) int32_t position[kGranule], group[kGranule];
   for (int j = 0; j < kGranule; ++j) {
@@ -78,8 +79,9 @@ inline uint64_t dropout_row_word(const AttentionArgs& a, const PackedRows& rows,
   for (int j = 0; j < keys; j += kLanes) {
     I32 lanes[4];
     uint64_t dropped[4];
-    philox(a.dropout_seed, splat_int(int32_t(rows.b)), splat_int(int32_t(rows.head[r])),
-           splat_int(query_position(a, rows, r)), load(group + j), lanes);
+    const I32 q_pos = splat_int(query_position(a, rows, r));
+    philox.words<1>(splat_int(int32_t(rows.b)), splat_int(int32_t(rows.head[r])), &q_pos, load(group + j),
+                    lanes);
     for (int w = 0; w < 4; ++w) dropped[w] = bits_of(below_unsigned(lanes[w], threshold));
     for (int n = 0; n < kLanes; ++n) word |= (~dropped[position[j + n] % 4] >> n & 1) << (j + n);
   }

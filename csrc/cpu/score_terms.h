@@ -18,7 +18,7 @@ struct QueryRows {
 
   QueryRows(const AttentionArgs& a, int64_t b, int64_t h, int64_t first, int count)
       : b(b), h(h), first(first), count(count) {
-    for (int r = 0; r < kGranule && r < count + kLanes; ++r) {
+    for (int r = 0; r < kGranule && r < count + 2 * kLanes; ++r) {
       const int64_t i = first + (r < count ? r : count - 1);
       position[r] = a.q_pos ? a.q_pos[b * a.q_pos_batch + i * a.q_pos_row] : int32_t(i);
     }
@@ -159,22 +159,24 @@ bool apply_score_terms_rows(const AttentionArgs& a, const QueryRows& rows, int64
 // keep[key]: bit r says whether row r keeps the key.
 inline void dropout_words(const AttentionArgs& a, const QueryRows& rows, int64_t key, int keys,
                           uint64_t* keep) {
+  const Philox philox(a.dropout_seed);
   const I32 threshold = splat_int(int32_t(a.dropout_threshold));
-  const int vectors = (rows.count + kLanes - 1) / kLanes;
   for (int j = 0; j < keys; ++j) keep[j] = 0;
-  for (int c = 0; c < vectors; ++c) {
-    const I32 q_pos = load(rows.position + c * kLanes);
-    I32 word[4];
+  for (int c = 0; c * kLanes < rows.count; c += 2) {
+    const I32 q_pos[2] = {load(rows.position + c * kLanes), load(rows.position + (c + 1) * kLanes)};
+    I32 word[8];
     int32_t group = -1;
     for (int j = 0; j < keys; ++j) {
       const int32_t position = key_position(a, rows.b, key + j);
       if (position / 4 != group) {
         group = position / 4;
-        philox(a.dropout_seed, splat_int(int32_t(rows.b)), splat_int(int32_t(rows.h)), q_pos,
-               splat_int(group), word);
+        philox.words<2>(splat_int(int32_t(rows.b)), splat_int(int32_t(rows.h)), q_pos, splat_int(group),
+                        word);
       }
-      const uint64_t dropped = bits_of(below_unsigned(word[position % 4], threshold));
-      keep[j] |= (dropped ^ low_bits(kLanes)) << (c * kLanes);
+      for (int n = 0; n < 2; ++n) {
+        const uint64_t dropped = bits_of(below_unsigned(word[4 * n + position % 4], threshold));
+        keep[j] |= (dropped ^ low_bits(kLanes)) << ((c + n) * kLanes);
+      }
     }
   }
 }

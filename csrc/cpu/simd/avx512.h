@@ -182,13 +182,22 @@ FASTATTN_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 FASTATTN_INLINE I32 bits_of(F32 a) { return {_mm512_castps_si512(a.v)}; }
 FASTATTN_INLINE F32 float_of(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 FASTATTN_INLINE Mask below_unsigned(I32 a, I32 b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
-// The high and low words of the 32 x 32 -> 64 bit products a * m.
-FASTATTN_INLINE void multiply_wide(I32 a, uint32_t m, I32* high, I32* low) {
-  const __m512i factor = _mm512_set1_epi32(int32_t(m));
-  const __m512i even = _mm512_mul_epu32(a.v, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
-  low->v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-  high->v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+// A word in the low half of 64 bits; the high half may hold anything.
+#define FASTATTN_HAS_LOW_WORDS 1
+struct LowWords {
+  __m512i v;
+};
+FASTATTN_INLINE LowWords even_words(I32 a) { return {a.v}; }
+FASTATTN_INLINE LowWords odd_words(I32 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+FASTATTN_INLINE I32 join_words(LowWords even, LowWords odd) {
+  return {_mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32))};
+}
+// The 64 bits of the product of the words, and their upper word. (A shuffle and not a shift: shifts have the
+// port that products need.)
+FASTATTN_INLINE LowWords multiply(LowWords a, LowWords b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+FASTATTN_INLINE LowWords high_word(LowWords a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
+FASTATTN_INLINE LowWords xor3(LowWords a, LowWords b, LowWords c) {
+  return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)};
 }
 
 // r[i] lane j <-> r[j] lane i.
