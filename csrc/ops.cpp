@@ -13,6 +13,8 @@
 namespace fastattn {
 namespace {
 
+std::string isa() { return kernels().isa; }
+
 void set_isa(std::string name) {
   try {
     force_isa(name);
@@ -47,6 +49,9 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   // The CPU kernel of a call: "attention" or "decode". storage: 0 float32, 1 bfloat16, 2 float16.
   m.def("attention_route(int Sq, int group, int D, int Dv, int storage) -> str");
   fastattn::define_rows(m);
+  // For inference, on the CPU. activation: "none", "relu" or "gelu", the exact one.
+  m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor");
+  m.def("_isa() -> str");
   m.def("_set_isa(str name) -> ()");
   // Of results.h: an uninitialised contiguous tensor; gives idle blocks back and returns their bytes; the
   // bytes in use, idle and allowed to be idle, and those of the smallest block.
@@ -57,6 +62,7 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
+  m.impl("_isa", TORCH_BOX(&fastattn::isa));
   m.impl("_set_isa", TORCH_BOX(&fastattn::set_isa));
   m.impl("_set_task_order", TORCH_BOX(&fastattn::set_task_order));
 }

@@ -48,9 +48,15 @@ def _fake_inference(q, k, v, *options):
     return output_like(q, v.shape[3], q.dtype)
 
 
-for _name in ("attention_plain", "attention_masked"):
+def _fake_linear(x, weight, bias, activation):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+for _name in ("attention_plain", "attention_masked", "linear_fwd"):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
-    torch.library.register_fake(f"fastattn::{_name}", _fake_inference)
+    torch.library.register_fake(
+        f"fastattn::{_name}", _fake_linear if _name == "linear_fwd" else _fake_inference
+    )
 
 
 def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):

@@ -40,17 +40,20 @@ struct Broadcast {
   int64_t row_bytes, step_bytes;
 };
 
-enum class Start { kZero, kAccumulate };
+// Where a sum starts: at 0, at what C holds, or at 0 to be added to C, which keeps long sums in short chains.
+enum class Start { kZero, kAccumulate, kAdd };
 
+// Aligned, so that the loop lies in cache lines the same way in every build: it ran up to 5 % slower
+// elsewhere.
 template <class Product, Start START, bool ROWS_ADJACENT, int ROWS, int VECTORS>
-__attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, int64_t b_stride, float* c,
-                                    int64_t c_stride) {
+__attribute__((noinline, aligned(64))) void tile(Broadcast a, int64_t steps, const float* b, int64_t b_stride,
+                                                 float* c, int64_t c_stride) {
   F32 acc[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) {
-      acc[i][j] = START == Start::kZero ? zero() : load(c + i * c_stride + j * kLanes);
+      acc[i][j] = START == Start::kAccumulate ? load(c + i * c_stride + j * kLanes) : zero();
     }
   }
   const int64_t row_bytes = ROWS_ADJACENT ? 4 : a.row_bytes, step_bytes = ROWS_ADJACENT ? a.step_bytes : 4;
@@ -69,7 +72,10 @@ __attribute__((noinline)) void tile(Broadcast a, int64_t steps, const float* b, 
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) store(c + i * c_stride + j * kLanes, acc[i][j]);
+    for (int j = 0; j < VECTORS; ++j) {
+      float* out = c + i * c_stride + j * kLanes;
+      store(out, START == Start::kAdd ? load(out) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 

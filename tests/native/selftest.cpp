@@ -13,70 +13,13 @@
 #include "../../csrc/cpu/decode_plan.h"
 #include "../../csrc/cpu/targets/targets.h"
 #include "plain.h"
+#include "support.h"
 
 namespace {
 
 using namespace fastattn;
 using selftest::kInfinity;
 using selftest::Problem;
-
-int failures = 0, checks = 0;
-
-void check(bool right, const std::string& what) {
-  ++checks;
-  if (right) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what.c_str());
-}
-
-// xorshift64*
-class Random {
- public:
-  uint64_t bits() {
-    state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
-    return state_ * 0x2545f4914f6cdd1dull;
-  }
-  double uniform() { return double(bits() >> 11) * 0x1p-53; }
-  double signed_unit() { return 2 * uniform() - 1; }
-  int64_t below(int64_t n) { return int64_t(bits() % uint64_t(n)); }
-
- private:
-  uint64_t state_ = 0x9e3779b97f4a7c15ull;
-} rng;
-
-template <class T>
-T narrow(double x) {
-  T out;
-  from_float(float(x), &out);
-  return out;
-}
-template <class T>
-constexpr Storage kStorage = Storage::kFloat;
-template <>
-constexpr Storage kStorage<BFloat16> = Storage::kBFloat16;
-template <>
-constexpr Storage kStorage<Half> = Storage::kHalf;
-
-// Of the largest magnitude; several roundings of the storage type, or of fp32 sums.
-template <class T>
-constexpr double kTolerance = 2e-5;
-template <>
-constexpr double kTolerance<BFloat16> = 2e-2;
-template <>
-constexpr double kTolerance<Half> = 3e-3;
-
-const float kNan = std::numeric_limits<float>::quiet_NaN();
-
-struct Scratch {
-  explicit Scratch(int64_t bytes) : size((bytes + 4095) / 4096 * 4096) {
-    data = std::aligned_alloc(4096, size_t(size > 0 ? size : 4096));
-    std::memset(data, 0xff, size_t(size));  // NaN: what a kernel reads before writing shows
-  }
-  Scratch(const Scratch&) = delete;
-  ~Scratch() { std::free(data); }
-  void* data;
-  int64_t size;
-};
 
 // A tensor [B, H, S, width] with rows that lie apart, in either order of heads and rows; NaN between.
 template <class T>
@@ -534,6 +477,38 @@ void test_norm(const KernelTable& table, const std::string& type) {
   }
 }
 
+void test_linear(const KernelTable& table) {
+  for (int64_t K : {0, 3, 33, 771}) {
+    for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kGelu}) {
+      const int64_t M = 71, N = 55;
+      const auto numbers = [](int64_t n) {
+        std::vector<float> values(static_cast<size_t>(n));
+        for (float& v : values) v = float(rng.signed_unit());
+        return values;
+      };
+      const std::vector<float> x = numbers(M * K), weight = numbers(N * K), bias = numbers(N);
+      std::vector<float> y(size_t(M * N), float(kNan));
+      LinearArgs a{x.data(), weight.data(), bias.data(), y.data(), M, N, K, K, K, activation, 64, 48};
+      Scratch scratch(table.linear_scratch(a));
+      for (int64_t i = 0; i < a.tasks(); ++i) table.linear(a, i, scratch.data);
+      double worst = 0, magnitude = 1;
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+          double sum = bias[size_t(n)];
+          for (int64_t k = 0; k < K; ++k) sum += double(x[size_t(m * K + k)]) * weight[size_t(n * K + k)];
+          if (activation == Activation::kRelu) sum = std::fmax(sum, 0);
+          if (activation == Activation::kGelu) sum *= std::erfc(-sum * std::sqrt(0.5)) / 2;
+          const double error = y[size_t(m * N + n)] - sum;
+          magnitude = std::fmax(magnitude, std::fabs(sum));
+          worst = std::isfinite(error) ? std::fmax(worst, std::fabs(error)) : kInfinity;
+        }
+      }
+      check(worst <= kTolerance<float> * magnitude,
+            "linear of " + std::to_string(K) + ": " + std::to_string(worst));
+    }
+  }
+}
+
 template <class U>
 void test_scan(const KernelTable& table, U hidden) {
   const int64_t rows = 3, keys = 64 * 3 + 21;
@@ -581,6 +556,7 @@ int main(int argc, char** argv) {
   test_norm<float>(table, "float32");
   test_norm<BFloat16>(table, "bfloat16");
   test_norm<Half>(table, "float16");
+  test_linear(table);
   test_scan<uint8_t>(table, 0);
   test_scan<uint16_t>(table, 0xfc00);
   test_scan<uint32_t>(table, 0xff800000u);

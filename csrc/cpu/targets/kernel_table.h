@@ -5,6 +5,7 @@
 #include "../attention_args.h"
 #include "../attention_bwd_args.h"
 #include "../ceiling_kinds.h"
+#include "../linear_args.h"
 #include "../mask_scan_args.h"
 #include "../rows_args.h"
 
@@ -19,6 +20,8 @@ struct KernelTable {
   AttentionBwdTasks attention_bwd[3];
   AttentionTask decode[3], decode_merge[3];
   AttentionScratch decode_scratch;
+  LinearTask linear;
+  LinearScratch linear_scratch;
   CeilingLoop ceiling;
   MaskScan mask_scan;
   RowKernels rows;
