@@ -1,30 +1,39 @@
-"""oneDNN's product with the activation in it: what inference on the CPU takes from 64 rows on."""
+"""Linear layers of inference on the CPU from 64 rows on: fastattn's product or oneDNN's, with the activation in it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastattn import _info
 from fastattn import nn as fnn
+from fastattn._library import force_isa
 from fastattn.nn import linear as module
 from fastattn.tools.equivalence import error_rule
 
 E, H = 24, 4
 DTYPES = [torch.float32, torch.bfloat16]
 
-pytestmark = pytest.mark.skipif(module._onednn is None, reason="this torch has no oneDNN")
 
-
-@pytest.fixture
-def products(monkeypatch):
-    """The activations of the products that oneDNN computed."""
+@pytest.fixture(params=["ours", "onednn"])
+def products(request, monkeypatch):
+    """The activations of the products that neither F.linear nor the other kernel computed, whatever the machine."""
+    if module._onednn is None:
+        pytest.skip("this torch has no oneDNN")
     seen = []
-    onednn = module._onednn
 
-    def spy(x, weight, bias, activation, *rest):
-        seen.append(activation)
-        return onednn(x, weight, bias, activation, *rest)
+    def spy(kernel):
+        def call(x, weight, bias, activation, *rest):
+            seen.append(activation)
+            assert (kernel is ours) == (request.param == "ours" and x.dtype == torch.float32)
+            return kernel(x, weight, bias, activation, *rest)
 
-    monkeypatch.setattr(module, "_onednn", spy)
+        return call
+
+    ours = module._own
+    monkeypatch.setattr(module, "_onednn", spy(module._onednn))
+    monkeypatch.setattr(module, "_own", spy(ours))
+    fp32 = request.param == "ours"
+    monkeypatch.setattr(module, "_is_faster", lambda weight: fp32 and weight.dtype == torch.float32)
     return seen
 
 
@@ -52,12 +61,36 @@ def test_calls_that_it_does_not_serve(products):
     torch.vmap(lambda t: module.linear(t, weight, bias))(x.expand(2, 64, 16))
     with torch.autocast("cpu", torch.bfloat16):
         assert module.linear(x, weight, bias).dtype == torch.bfloat16
-    with torch.backends.mkldnn.flags(enabled=False):
-        module.linear(x, weight, bias)
     assert not products
     with torch.no_grad():
         module.linear(x.clone().requires_grad_(), weight, bias)
     assert products == ["none"]
+    with torch.backends.mkldnn.flags(enabled=False):
+        module.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert products == ["none"]
+
+
+def test_whose_product_it_is(restore_isa):
+    weight = torch.randn(300, 256)
+    for isa in _info.available_isas():
+        force_isa(isa)
+        assert module._is_faster(weight) == (isa == "amx")
+        assert not module._is_faster(weight.bfloat16())
+        assert not module._is_faster(weight[:255]) and not module._is_faster(weight[:, 1:])
+
+
+@pytest.mark.skipif("amx" not in _info.available_isas(), reason="fastattn's product is for machines with AMX")
+def test_who_asks_for_bf16_gets_it(restore_isa):
+    """oneDNN's products round to bf16, on tiles, where torch's switch allows it."""
+    force_isa("amx")
+    weight = torch.randn(256, 256)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, ours in (("highest", True), ("medium", False)):
+            torch.set_float32_matmul_precision(precision)
+            assert module._is_faster(weight) is ours
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
