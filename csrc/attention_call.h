@@ -1,18 +1,11 @@
 // From the tensors of attention_fwd and attention_bwd to the arguments of the CPU kernels.
 #pragma once
 
-#include <atomic>
-
 #include "attention_inputs.h"
 #include "cpu/attention_args.h"
+#include "parallel.h"
 
 namespace fastattn {
-
-// Spread over 64 bits, so that leftovers of other kernels in a scratch do not pass for one.
-inline uint64_t next_call() {
-  static std::atomic<uint64_t> calls{0};
-  return (calls.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15ull;
-}
 
 inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
                                     const AttentionOptions& o) {

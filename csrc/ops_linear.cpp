@@ -10,7 +10,6 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kPackedBytes = int64_t(512) << 10;  // of x to a task: a quarter of a second-level cache
 // To a task: for fewer, packing x would cost more than 4 %; more gain nothing, and sums over long rows take
 // memory.
 constexpr int64_t kLeastOutputs = 192, kMostOutputs = 1536;
@@ -58,16 +57,14 @@ Tensor in_rows(const Tensor& t, int64_t* stride) {
   return torch::stable::contiguous(t);
 }
 
-// Rows whose packed numbers stay in the second-level cache, and outputs enough for every thread. A result
-// depends on neither.
-void set_tasks(LinearArgs& a) {
+// Outputs enough for every thread. A result depends on no size of tasks.
+void set_tasks(LinearArgs& a, int64_t rows) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panel = 4 * kPanelRows * std::max<int64_t>(a.K, 1);
-  a.rows_per_task = kPanelRows * std::clamp<int64_t>(kPackedBytes / panel, 1, 8);
+  a.rows_per_task = rows;
   const int64_t blocks = (a.M + a.rows_per_task - 1) / a.rows_per_task;
   const int64_t groups = threads > 1 ? (4 * threads + blocks - 1) / blocks : 1;
   const int64_t outputs = std::clamp((a.N + groups - 1) / groups, kLeastOutputs, kMostOutputs);
-  a.outputs_per_task = (outputs + kSumOutputs - 1) / kSumOutputs * kSumOutputs;
+  a.outputs_per_task = (outputs + 2 * kSumOutputs - 1) / (2 * kSumOutputs) * (2 * kSumOutputs);
 }
 
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, OptionalTensor bias, std::string activation) {
@@ -89,10 +86,12 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, OptionalTensor bias, st
     a.bias = static_cast<const float*>(bias->const_data_ptr());
   }
   a.y = static_cast<float*>(y.mutable_data_ptr());
-  set_tasks(a);
+  a.call = next_call();
   const KernelTable& table = kernels();
-  run_tasks(a.tasks(), table.linear_scratch(a),
-            [&](int64_t i, void* scratch) { table.linear(a, i, scratch); });
+  set_tasks(a, table.linear_rows(a));
+  run_tasks(
+      a.tasks(), table.linear_scratch(a), [&](int64_t i, void* scratch) { table.linear(a, i, scratch); },
+      a.groups());
   return y;
 }
 

@@ -14,6 +14,12 @@
 
 namespace fastattn {
 
+// Spread over 64 bits, so that leftovers of other kernels in a scratch do not pass for one.
+inline uint64_t next_call() {
+  static std::atomic<uint64_t> calls{0};
+  return (calls.fetch_add(1, std::memory_order_relaxed) + 1) * 0x9e3779b97f4a7c15ull;
+}
+
 // A thread's scratch, kept from call to call unless it is large.
 class Scratch {
  public:

@@ -12,6 +12,7 @@ constexpr int64_t kPanelRows = 64, kSumOutputs = 48;
 enum class Activation : int { kNone, kRelu, kGelu };
 
 struct LinearArgs {
+  uint64_t call;                   // differs from call to call, as in AttentionArgs
   const float *x, *weight, *bias;  // [M, K], [N, K], [N] or null; the columns are adjacent
   float* y;                        // [M, N], contiguous
   int64_t M, N, K, x_row, weight_row;
@@ -24,5 +25,6 @@ struct LinearArgs {
 
 using LinearTask = void (*)(const LinearArgs&, int64_t index, void* scratch);
 using LinearScratch = int64_t (*)(const LinearArgs&);
+using LinearRows = int64_t (*)(const LinearArgs&);  // to a task
 
 }  // namespace fastattn

@@ -22,6 +22,7 @@ struct KernelTable {
   AttentionScratch decode_scratch;
   LinearTask linear;
   LinearScratch linear_scratch;
+  LinearRows linear_rows;
   CeilingLoop ceiling;
   MaskScan mask_scan;
   RowKernels rows;
