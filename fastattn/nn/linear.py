@@ -1,9 +1,9 @@
 """Linear layers of inference on the CPU, with the activation in the product.
 
 bf16 goes to oneDNN, whose activation saves a pass over the result. float32 goes to fastattn's kernel where the kernels
-are those of AMX: of BERT's four products it ran 158 to 166 GFLOP/s with 512 rows, one thread, where oneDNN ran 143 to
-149 and torch's own path, MKL, 146 to 152; with 64 rows 139 to 158, 106 to 117 and 111 to 121. Elsewhere float32 goes
-to oneDNN: on AVX-512 machines that are not Intel's MKL runs at 80 % of its speed.
+are those of AMX: of BERT's four products it ran 180 to 191 GFLOP/s with 512 rows, one thread, where torch's own path,
+MKL, ran 149 to 156, and 144 to 166 with 128 rows, where MKL ran 128 to 140. Elsewhere float32 goes to oneDNN: on
+AVX-512 machines that are not Intel's MKL runs at 80 % of its speed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _onednn = (
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # Below this many rows packing costs more than the better product saves.
 _LEAST_ROWS = 64
-# fastattn's kernel serves this many inputs and outputs or more: with 256 rows it ran 5 % faster than oneDNN at
-# 256 x 256, as fast at 128 x 128, and slower where one of the two is smaller.
+# fastattn's kernel serves this many inputs and outputs or more: with 64 rows it was as fast as MKL at 128 x 128 and
+# 13 % faster at 256 x 256; smaller ones were not compared.
 _LEAST_WIDTH = 256
 
 
