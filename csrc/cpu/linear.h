@@ -106,12 +106,12 @@ void add_products(Broadcast weight, int64_t outputs, int64_t steps, const float*
 }
 
 // Rows whose packed numbers stay in the second-level cache: a quarter of it.
-int64_t linear_rows_per_task(const LinearArgs& a) {
+inline int64_t linear_rows_per_task(const LinearArgs& a) {
   const int64_t most = (int64_t(512) << 10) / (4 * kPanelRows * (a.K < 1 ? 1 : a.K));
   return kPanelRows * (most < 1 ? 1 : most > 8 ? 8 : most);
 }
 
-void linear_task(const LinearArgs& a, int64_t index, void* scratch) {
+inline void linear_task(const LinearArgs& a, int64_t index, void* scratch) {
   const LinearBuffers buffers(a, scratch);
   const int64_t row = index / a.groups() * a.rows_per_task, begin = index % a.groups() * a.outputs_per_task;
   const int64_t last_row = smaller(a.M, row + a.rows_per_task),

@@ -478,6 +478,7 @@ void test_norm(const KernelTable& table, const std::string& type) {
 }
 
 void test_linear(const KernelTable& table) {
+  uint64_t calls = 0;
   for (int64_t K : {0, 3, 33, 771}) {
     for (const Activation activation : {Activation::kNone, Activation::kRelu, Activation::kGelu}) {
       const int64_t M = 71, N = 55;
@@ -488,7 +489,8 @@ void test_linear(const KernelTable& table) {
       };
       const std::vector<float> x = numbers(M * K), weight = numbers(N * K), bias = numbers(N);
       std::vector<float> y(size_t(M * N), float(kNan));
-      LinearArgs a{x.data(), weight.data(), bias.data(), y.data(), M, N, K, K, K, activation, 64, 48};
+      LinearArgs a{++calls, x.data(), weight.data(), bias.data(), y.data(), M, N, K,
+                   K,       K,        activation,    64,          48};
       Scratch scratch(table.linear_scratch(a));
       for (int64_t i = 0; i < a.tasks(); ++i) table.linear(a, i, scratch.data);
       double worst = 0, magnitude = 1;
