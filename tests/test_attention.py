@@ -210,12 +210,29 @@ def test_scores_that_outgrow_their_pivots(isa, mask, factor, dtype):
     q, k, v = inputs(1, 2, 2, 130, 400, 64, 64, dtype)
     k *= torch.logspace(-2, 0, 400, 10.0)[:, None].to(dtype) * factor
     k[0, 0, 320] = 10 * q[0, 0, 100]  # one row, late
+    k[0, 1, 330] = 40 * q[0, 1, 110]  # by more than fp32 has exponents
     dense = None if mask is None else mask.to_dense(130, 400, 1, 2)
     exact, theirs = exact_and_torch(q, k, v, mask=dense)
     out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True)
     assert_right(out, exact, theirs)
     exact_lse = reference.attention(q.double(), k.double(), v.double(), mask=dense, return_lse=True)[1]
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [16, 64, 70])
+def test_first_keys_of_minus_infinity(isa, hidden, dtype):
+    """They tell no pivot, and weigh nothing."""
+    q, k, v = inputs(1, 2, 2, 40, 150, 64, 64, dtype)
+    q[..., 0] = 1
+    k[:, :, :hidden, 0] = -math.inf
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    exact, exact_lse = reference.attention(
+        *(t.double() for t in (q, k[:, :, hidden:], v[:, :, hidden:])), return_lse=True
+    )
+    assert_right(out, exact)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-6)
+    assert_right(fastattn.attention(q, k, v), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

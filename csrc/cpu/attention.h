@@ -34,20 +34,34 @@ template <>
 constexpr int kExpDegree<Half> = 4;
 
 // How a score becomes an exponent of 2. Without terms the scale is folded into one multiply-add; with terms
-// the maximum is subtracted in natural units, where the lowest finite bias does not overflow.
+// the maximum is subtracted in natural units, where the lowest finite bias does not overflow. The backward's
+// weights are no better than lse, so that is rounded once.
 struct FoldedScale {
   static constexpr float kUnit = 1;  // of an exponent of 2
   static FASTATTN_INLINE F32 exponent(F32 x, F32 scale, F32 pivot) { return fms(x, scale, pivot); }
   static FASTATTN_INLINE F32 maximum(F32 x, F32 scale) { return x * scale; }
   static FASTATTN_INLINE F32 difference(F32 a, F32 b) { return a - b; }
-  static FASTATTN_INLINE F32 lse(F32 top, F32 sum) { return (top + log2(sum)) * splat(kLn2); }
+  static FASTATTN_INLINE F32 lse(F32 top, F32 sum) {
+    const Log2 l = log2(sum);
+    F32 rest;
+    const F32 whole = two_sum(top, l.whole, &rest);
+    rest = fma(whole, splat(kLn2Low), (l.rest + rest) * splat(kLn2));
+    return fma(whole, splat(kLn2), finite_or_0(rest));
+  }
 };
 struct NaturalScores {
   static constexpr float kUnit = kLn2;
   static FASTATTN_INLINE F32 exponent(F32 x, F32, F32 pivot) { return (x - pivot) * splat(kLog2E); }
   static FASTATTN_INLINE F32 maximum(F32 x, F32) { return x; }
   static FASTATTN_INLINE F32 difference(F32 a, F32 b) { return (a - b) * splat(kLog2E); }
-  static FASTATTN_INLINE F32 lse(F32 top, F32 sum) { return top + log2(sum) * splat(kLn2); }
+  static FASTATTN_INLINE F32 lse(F32 top, F32 sum) {
+    const Log2 l = log2(sum);
+    const F32 high = l.whole * splat(kLn2);
+    F32 rest;
+    const F32 whole = two_sum(top, high, &rest);
+    rest = rest + fms(l.whole, splat(kLn2), high) + fma(l.whole, splat(kLn2Low), l.rest * splat(kLn2));
+    return whole + finite_or_0(rest);
+  }
 };
 
 // The keys of a head that a thread has read in this call; they are in its cache.
@@ -191,7 +205,11 @@ class AttentionForward {
   using Product = typename Operands::Product;
   static constexpr int kKeysPerStep = Operands::kKeysPerStep;
   static constexpr int kWeighed = kTileVectors / 2;  // lane vectors whose weights are made side by side
-  static constexpr float kMargin = 7;  // of a pivot over the maximum it was taken from, as an exponent of 2
+  static constexpr int kFewKeys = 16;
+  // Of a pivot over the maximum it was taken from, as an exponent of 2. Weights between 2^-8 and 2^8 have the
+  // best exponents: what is left of a score has as few whole bits as can be.
+  static constexpr float kMargin = 1;
+  static constexpr float kMostWeight = 256;
 
  public:
   // False where the result is not finite although rows hide keys: compute again on the exact path.
@@ -265,13 +283,15 @@ class AttentionForward {
     if (terms_) {
       apply_score_terms<T>(a_, rows_, g.key, g.keys, buf_.scores, buf_.terms, 0, vectors_);
       if (exact_ && a_.bias) hide_by_bias(&g);
-      take_pivots<NaturalScores>(g.partial);
+      take_pivots<NaturalScores>(g.partial, kGranule);
       weigh<NaturalScores>(g.partial);
     } else {
-      if (lacks_pivots_) take_pivots<FoldedScale>(g.partial);
+      // Where all rows see all keys the first few tell enough, unless they are -inf.
+      if (lacks_pivots_ && !g.partial) take_pivots<FoldedScale>(false, kFewKeys);
+      if (lacks_pivots_) take_pivots<FoldedScale>(g.partial, kGranule);
       if (!weigh<FoldedScale>(g.partial)) {
         scores(g);
-        take_pivots<FoldedScale>(g.partial);
+        take_pivots<FoldedScale>(g.partial, kGranule);
         weigh<FoldedScale>(g.partial);
       }
     }
@@ -303,19 +323,18 @@ class AttentionForward {
     }
   }
 
-  // New pivots for rows whose maximum is over theirs; what they have so far is to be scaled by alpha.
+  // New pivots for rows whose maximum of the granule's first `keys` is over theirs; alpha scales what they
+  // have so far.
   template <class Units>
-  void take_pivots(bool masked) {
+  void take_pivots(bool masked, int keys) {
     const F32 scale = splat(a_.scale * kLog2E), hidden = splat(-__builtin_inff());
-    // Where all rows see all keys the first few tell enough.
-    const int few = lacks_pivots_ && !masked && !terms_ ? 16 : kGranule;
     lacks_pivots_ = false;
     for (int c = 0; c < vectors_; ++c) {
       F32 top[4] = {hidden, hidden, hidden, hidden};
       for (int s = 0; s < segments_; ++s) {
         const Segment& seg = segment_[s];
         if (c < seg.from || c >= seg.to) continue;
-        for (int j = seg.first; j < seg.last && j < few; ++j) {
+        for (int j = seg.first; j < seg.last && j < keys; ++j) {
           const F32 x = load(buf_.scores + j * kGranule + c * kLanes);
           top[j % 4] = max(top[j % 4], masked ? select(visible(j, c), x, hidden) : x);
         }
@@ -323,8 +342,8 @@ class AttentionForward {
       const F32 before = load(buf_.pivot + c * kLanes);
       const F32 now = Units::maximum(max(max(top[0], top[1]), max(top[2], top[3])), scale);
       // Which of the others the row came with must not matter: those that have a pivot that fits keep it.
-      const F32 kept = select(outgrown(c), before, splat(__builtin_inff()));
-      const Mask over = now > (terms_ ? before : select(before > hidden, kept, before));
+      const F32 keeps = select(outgrown(c), before, splat(__builtin_inff()));
+      const Mask over = now > (terms_ ? before : select(before > hidden, keeps, before));
       const F32 pivot = select(over, now + splat(kMargin * Units::kUnit), before);
       store(buf_.pivot + c * kLanes, pivot);
       store(buf_.alpha + c * kLanes, select(over, exp2<5>(Units::difference(before, pivot)), splat(1.f)));
@@ -355,8 +374,8 @@ class AttentionForward {
     return fit;
   }
 
-  // Rows of which a weight of this granule is more than 1, for sure.
-  Mask outgrown(int c) const { return load(fresh_ + c * kLanes) > splat(float(kGranule)); }
+  // Rows whose weights of this granule add up to more than one should be.
+  Mask outgrown(int c) const { return load(fresh_ + c * kLanes) > splat(kMostWeight); }
 
   template <class Units, bool MASKED, bool DROPOUT>
   void weigh(const Segment& seg, int c, int n) {

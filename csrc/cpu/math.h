@@ -6,9 +6,10 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLn2Low = float(0.693147180559945309 - double(kLn2));
 
-// 2^x for x <= 127; exactly 0 for x <= -160, so also for -inf; exactly 1 for 0; NaN stays NaN.
-// DEGREE 3: 1.0e-4, 4: 3.4e-6, 5: 1.5e-7 relative error.
+// 2^x; exactly 0 for x <= -160, so also for -inf; exactly 1 for 0; inf from 128 on; NaN stays NaN.
+// DEGREE 3: 1.0e-4, 4: 3.4e-6, 5: 1.1e-7 relative error before rounding.
 template <int DEGREE>
 FASTATTN_INLINE F32 exp2(F32 x) {
   static_assert(DEGREE >= 3 && DEGREE <= 5, "no polynomial of that degree");
@@ -31,7 +32,7 @@ FASTATTN_INLINE F32 exp2(F32 x) {
   }
   return scale_by_floor(fma(p, r, splat(1.f)), x);
 #else
-  x = max(splat(-160.f), x);
+  x = min(splat(128.f), max(splat(kLeastPower), x));
   const F32 n = round(x), r = x - n;
   F32 p;
   if constexpr (DEGREE == 3) {
@@ -51,8 +52,12 @@ FASTATTN_INLINE F32 exp2(F32 x) {
 #endif
 }
 
-// log2(x) for normal x > 0, relative error 2.7e-8 before rounding. 0 gives -inf, NaN stays NaN.
-FASTATTN_INLINE F32 log2(F32 x) {
+// log2(x) as a whole number and what is left, at most 1/2, for normal x > 0, to 2.7e-8 of it before rounding.
+// 0 gives -inf and 0, NaN stays NaN.
+struct Log2 {
+  F32 whole, rest;
+};
+FASTATTN_INLINE Log2 log2(F32 x) {
   // x = 2^n * f with f in [sqrt(1/2), sqrt(2)): the offset moves the exponent's carry to sqrt(1/2).
   const I32 u = bits_of(x) - splat_int(0x3f3504f3);
   const I32 exponent = shift_right<23>(u + splat_int(0x40000000)) - splat_int(128);
@@ -66,9 +71,19 @@ FASTATTN_INLINE F32 log2(F32 x) {
   p = fma(p, t, splat(4.809106290e-01f));
   p = fma(p, t, splat(-7.213473320e-01f));
   p = fma(p, t, splat(1.442695022e+00f));
-  const F32 y = fma(p, t, to_float(exponent));
-  return select(x > zero(), y, select(is_nan(x), x, splat(-__builtin_inff())));
+  const Mask normal = x > zero();
+  return {select(normal, to_float(exponent), select(is_nan(x), x, splat(-__builtin_inff()))),
+          select(normal, p * t, zero())};
 }
+
+// x + y = sum + rest exactly (Knuth's two-sum), where they are finite.
+FASTATTN_INLINE F32 two_sum(F32 x, F32 y, F32* rest) {
+  const F32 sum = x + y, of_y = sum - x, of_x = sum - of_y;
+  *rest = (x - of_x) + (y - of_y);
+  return sum;
+}
+
+FASTATTN_INLINE F32 finite_or_0(F32 x) { return select(is_nan(x - x), zero(), x); }
 
 // tanh(x): a polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel.
 FASTATTN_INLINE F32 tanh(F32 x) {

@@ -34,7 +34,6 @@ FASTATTN_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 FASTATTN_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
 FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTATTN_INLINE F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, 8)}; }
-FASTATTN_INLINE F32 scale_by_power(F32 a, F32 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 #define FASTATTN_HAS_FRACTION 1
 // x - floor(x), and a * 2^floor(x): an instruction each.
 FASTATTN_INLINE F32 fraction(F32 x) { return {_mm512_reduce_ps(x.v, 9)}; }

@@ -36,9 +36,9 @@ FASTATTN_INLINE F32 abs(F32 a) { return {vabsq_f32(a.v)}; }
 FASTATTN_INLINE F32 sqrt(F32 a) { return {vsqrtq_f32(a.v)}; }
 FASTATTN_INLINE F32 round(F32 a) { return {vrndnq_f32(a.v)}; }
 // The power is built as a float's exponent field: n below -126 gives the factor 0, as the interface allows.
+constexpr float kLeastPower = -127;
 FASTATTN_INLINE F32 scale_by_power(F32 a, F32 n) {
-  const float32x4_t clamped = vmaxq_f32(n.v, vdupq_n_f32(-127.f));
-  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(clamped), vdupq_n_s32(127));
+  const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
   return {vmulq_f32(a.v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)))};
 }
 

@@ -5,7 +5,7 @@
 //   load, load_n         all lanes, or the first n (the rest 0), from float, BFloat16 or Half
 //   store, store_n       the same way back, rounding to nearest even
 //   stream, stream_fence stores that go past the caches; the address must be aligned to the vector
-//   scale_by_power       a * 2^n for integral n in [-160, 127]; 0 where the result is far below 2^-126
+//   scale_by_power       a * 2^n for integral n in [kLeastPower, 128]: 0 at the least, infinite at 128
 //   max(a, b), min(a, b) b where either is NaN
 //   mask_of_bits         bit i of the word is lane i
 //   nonzero_bytes(_n)    lane i where byte i (of n) is not 0
@@ -49,6 +49,7 @@ FASTATTN_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 FASTATTN_INLINE F32 abs(F32 a) { return {fabsf(a.v)}; }
 FASTATTN_INLINE F32 sqrt(F32 a) { return {sqrtf(a.v)}; }
 FASTATTN_INLINE F32 round(F32 a) { return {nearbyintf(a.v)}; }
+constexpr float kLeastPower = -160;
 FASTATTN_INLINE F32 scale_by_power(F32 a, F32 n) { return {ldexpf(a.v, n.v == n.v ? int(n.v) : 0)}; }
 
 FASTATTN_INLINE Mask operator>(F32 a, F32 b) { return {a.v > b.v}; }
