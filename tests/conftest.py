@@ -19,6 +19,13 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") and impo
 
     del os.environ["TRITON_INTERPRET"]
 
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples every time; --hypothesis-profile=default draws new ones.
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
+
 import fastattn  # noqa: F401
 from fastattn import _info
 from fastattn._library import force_isa
@@ -74,6 +81,11 @@ def task_order():
 
 @pytest.fixture(autouse=True)
 def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collectstart(collector):
+    """Before a file is imported: what it draws outside its tests is the same every time too."""
     torch.manual_seed(0)
 
 
