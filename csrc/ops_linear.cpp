@@ -64,6 +64,7 @@ void set_tasks(LinearArgs& a, int64_t rows) {
   const int64_t blocks = (a.M + a.rows_per_task - 1) / a.rows_per_task;
   const int64_t groups = threads > 1 ? (4 * threads + blocks - 1) / blocks : 1;
   const int64_t outputs = std::clamp((a.N + groups - 1) / groups, kLeastOutputs, kMostOutputs);
+  // Whole chunks of 48 outputs for the vectors, and of 32 for the tiles.
   a.outputs_per_task = (outputs + 2 * kSumOutputs - 1) / (2 * kSumOutputs) * (2 * kSumOutputs);
 }
 

@@ -52,11 +52,13 @@ def _fake_linear(x, weight, bias, activation):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-for _name in ("attention_plain", "attention_masked", "linear_fwd"):
+for _name, _fake in (
+    ("attention_plain", _fake_inference),
+    ("attention_masked", _fake_inference),
+    ("linear_fwd", _fake_linear),
+):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
-    torch.library.register_fake(
-        f"fastattn::{_name}", _fake_linear if _name == "linear_fwd" else _fake_inference
-    )
+    torch.library.register_fake(f"fastattn::{_name}", _fake)
 
 
 def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):

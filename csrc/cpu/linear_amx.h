@@ -121,18 +121,17 @@ class TiledLinear {
   void pack_x(int64_t first) {
     if (a_.K <= kPieceSteps && header_->call == a_.call && header_->row == row_) return;
     *header_ = {a_.call, row_};
-    for (int64_t r = 0; r < rows_; r += 2 * kStripRows) {
-      for (int64_t strip = r; strip < r + 2 * kStripRows; strip += kStripRows) {
-        const int64_t left = rows_ - strip, count = left < 0 ? 0 : smaller(left, kStripRows);
-        split_rows(a_.x + (row_ + strip) * a_.x_row + first, a_.x_row, count, steps_, padded_, strip_);
-        for (int64_t tile = 0; tile < kSplitParts * padded_ / kBlockSide; ++tile) {
-          const float* from = (const float*)strip_ + tile * kTileBytes / 4;
-          float* to = (float*)x_at(strip) + tile * kTileBytes / 4;
-          F32 words[kTileSide];
-          for (int i = 0; i < kTileSide; ++i) words[i] = load(from + i * kLanes);
-          transpose(words);
-          for (int i = 0; i < kTileSide; ++i) store(to + i * kLanes, words[i]);
-        }
+    const int64_t pairs =
+        (rows_ + 2 * kStripRows - 1) / (2 * kStripRows);  // the products take strips in twos
+    for (int64_t r = 0; r < pairs * 2 * kStripRows; r += kStripRows) {
+      split_rows(a_.x + (row_ + r) * a_.x_row + first, a_.x_row, rows_ - r, steps_, padded_, strip_);
+      for (int64_t tile = 0; tile < kSplitParts * padded_ / kBlockSide; ++tile) {
+        const float* from = (const float*)strip_ + tile * kTileBytes / 4;
+        float* to = (float*)x_at(r) + tile * kTileBytes / 4;
+        F32 words[kTileSide];
+        for (int i = 0; i < kTileSide; ++i) words[i] = load(from + i * kLanes);
+        transpose(words);
+        for (int i = 0; i < kTileSide; ++i) store(to + i * kLanes, words[i]);
       }
     }
   }
