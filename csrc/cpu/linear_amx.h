@@ -121,8 +121,8 @@ class TiledLinear {
   void pack_x(int64_t first) {
     if (a_.K <= kPieceSteps && header_->call == a_.call && header_->row == row_) return;
     *header_ = {a_.call, row_};
-    const int64_t pairs =
-        (rows_ + 2 * kStripRows - 1) / (2 * kStripRows);  // the products take strips in twos
+    // The products take strips in twos.
+    const int64_t pairs = (rows_ + 2 * kStripRows - 1) / (2 * kStripRows);
     for (int64_t r = 0; r < pairs * 2 * kStripRows; r += kStripRows) {
       split_rows(a_.x + (row_ + r) * a_.x_row + first, a_.x_row, rows_ - r, steps_, padded_, strip_);
       for (int64_t tile = 0; tile < kSplitParts * padded_ / kBlockSide; ++tile) {
