@@ -8,9 +8,10 @@
 // rms of the result for 5.2e-7 at 768 steps). Parts below 2^-126 are 0 to the tiles: numbers below 2^-110
 // lose their last bits, below 2^-118 all but the first eight.
 //
-// The weight is the left operand, split into rows of parts; x is split and transposed once for all outputs of
-// a task. Products come out as [output][row], as those of linear.h do, which stores them. A sum that is not
-// finite is computed again in fp32: an infinity times a part that is 0 would be NaN.
+// The weight is the left operand, split into rows of parts beside the products of the outputs before; x is
+// split and transposed once for all outputs of a task. Products come out as [output][row], as those of
+// linear.h do, which stores them. A sum that is not finite is computed again in fp32: an infinity times a
+// part that is 0 would be NaN.
 #pragma once
 
 #include "linear.h"
@@ -28,28 +29,52 @@ constexpr int64_t kStripRows = kTileSide;         // of x, to a tile
 // A tile of 16 rows by 32 steps of k holds 1 KB; those of a step's parts lie one after the other.
 constexpr int64_t kStepParts = kSplitParts * kTileBytes / 2;  // in bf16
 
-// 16 rows of numbers as [step][part][row][32]; rows past `count` and numbers past `width` are 0.
-inline void split_rows(const float* x, int64_t stride, int64_t count, int64_t width, int64_t padded,
-                       BFloat16* out) {
-  for (int64_t r = 0; r < kTileSide; ++r, x += stride) {
-    for (int64_t k = 0; k < padded; k += kLanes) {
-      F32 rest = r >= count || k >= width ? zero()
-                 : k + kLanes <= width    ? load(x + k)
-                                          : load_n(x + k, width - k);
-      BFloat16* at = out + k / kBlockSide * kStepParts + r * kBlockSide + k % kBlockSide;
-      for (int part = 0; part < kSplitParts; ++part, at += kTileBytes / 2) {
-        store(at, rest);
-        rest = rest - load(at);
-      }
-    }
+// Splits rows into tiles, [16 rows][step][part][row][32], 32 numbers at a time: between products of tiles,
+// which leave the vectors idle. Rows past `count` and numbers past `width` are 0.
+class RowSplitter {
+ public:
+  RowSplitter() = default;
+  RowSplitter(const float* x, int64_t stride, int64_t count, int64_t width, int64_t padded)
+      : x_(x), stride_(stride), count_(count), width_(width), padded_(padded) {}
+
+  // `rows`, a multiple of 16, of which `count` are there.
+  void start(int64_t rows, BFloat16* out) { left_ = rows * padded_ / kBlockSide, out_ = out; }
+  FASTATTN_INLINE void step() {
+    if (left_ > 0) split();
   }
-}
+  void finish() {
+    while (left_ > 0) split();
+  }
+
+ private:
+  __attribute__((noinline)) void split() {
+    BFloat16* at = out_ + row_ / kTileSide * kTileSide * kSplitParts * padded_ +
+                   k_ / kBlockSide * kStepParts + row_ % kTileSide * kBlockSide;
+    F32 x = numbers(k_), y = numbers(k_ + kLanes);
+    for (int part = 0; part < kSplitParts; ++part, at += kTileBytes / 2) {
+      store(at, x), store(at + kLanes, y);
+      x = x - load(at), y = y - load(at + kLanes);
+    }
+    if ((k_ += kBlockSide) == padded_) k_ = 0, ++row_;
+    --left_;
+  }
+  FASTATTN_INLINE F32 numbers(int64_t k) const {
+    if (row_ >= count_ || k >= width_) return zero();
+    const float* at = x_ + row_ * stride_ + k;
+    return k + kLanes <= width_ ? load(at) : load_n(at, width_ - k);
+  }
+
+  const float* x_ = nullptr;
+  int64_t stride_ = 0, count_ = 0, width_ = 0, padded_ = 0;
+  BFloat16* out_ = nullptr;
+  int64_t left_ = 0, row_ = 0, k_ = 0;
+};
 
 class TiledLinear {
  public:
   static int64_t bytes(const LinearArgs& a) {
     const int64_t padded = padded_steps(smaller(a.K, kPieceSteps));
-    return kHeaderBytes + kSplitParts * padded * 2 * (kTiledRows + kTiledOutputs + kStripRows) +
+    return kHeaderBytes + kSplitParts * padded * 2 * (kTiledRows + 2 * kTiledOutputs + kStripRows) +
            4 * kTiledRows * sums_of_row(a);
   }
 
@@ -82,7 +107,8 @@ class TiledLinear {
     const int64_t part = padded_steps(smaller(a.K, kPieceSteps)) * 2;
     x_ = scratch + kHeaderBytes;
     weight_ = (BFloat16*)(x_ + kTiledRows * kSplitParts * part);
-    strip_ = (BFloat16*)((char*)weight_ + kTiledOutputs * kSplitParts * part);
+    next_weight_ = (BFloat16*)((char*)weight_ + kTiledOutputs * kSplitParts * part);
+    strip_ = (BFloat16*)((char*)next_weight_ + kTiledOutputs * kSplitParts * part);
     sums_ = (float*)((char*)strip_ + kStripRows * kSplitParts * part);
     rows_ = smaller(a.M - row, a.rows_per_task);
     end_ = smaller(a.N, begin + a.outputs_per_task);
@@ -94,12 +120,11 @@ class TiledLinear {
       steps_ = smaller(kPieceSteps, a_.K - first), padded_ = padded_steps(steps_);
       const bool last = first + steps_ >= a_.K;
       pack_x(first);
+      split_weight(begin_, first);
       for (int64_t column = begin_; column < end_; column += kTiledOutputs) {
         const int64_t outputs = smaller(kTiledOutputs, end_ - column);
-        for (int64_t j = 0; j < kTiledOutputs; j += kTileSide) {
-          split_rows(a_.weight + (column + j) * a_.weight_row + first, a_.weight_row, outputs - j, steps_,
-                     padded_, weight_ + j * kSplitParts * padded_);
-        }
+        take_weight();
+        split_weight(column + kTiledOutputs, first);
         float* sums = sums_ + (a_.K > kPieceSteps ? (column - begin_) * kTiledRows : 0);
         for (int64_t r = 0; r < rows_; r += 2 * kStripRows) add_products(r, first > 0, sums_of(sums, r));
         for (int64_t r = 0; last && r < rows_; r += kPanelRows) {
@@ -110,6 +135,18 @@ class TiledLinear {
       }
       first += steps_;
     } while (first < a_.K);
+  }
+
+  // Of the outputs from `column` on, beside the products of those before them.
+  void split_weight(int64_t column, int64_t first) {
+    if (column >= end_) return;
+    splitter_ = {a_.weight + column * a_.weight_row + first, a_.weight_row, end_ - column, steps_, padded_};
+    splitter_.start(kTiledOutputs, next_weight_);
+  }
+  void take_weight() {
+    splitter_.finish();
+    BFloat16* const ready = next_weight_;
+    next_weight_ = weight_, weight_ = ready;
   }
 
   // The sums [output][64 rows] of the panel that row r is in, at that row.
@@ -124,7 +161,9 @@ class TiledLinear {
     // The products take strips in twos.
     const int64_t pairs = (rows_ + 2 * kStripRows - 1) / (2 * kStripRows);
     for (int64_t r = 0; r < pairs * 2 * kStripRows; r += kStripRows) {
-      split_rows(a_.x + (row_ + r) * a_.x_row + first, a_.x_row, rows_ - r, steps_, padded_, strip_);
+      RowSplitter strip(a_.x + (row_ + r) * a_.x_row + first, a_.x_row, rows_ - r, steps_, padded_);
+      strip.start(kStripRows, strip_);
+      strip.finish();
       for (int64_t tile = 0; tile < kSplitParts * padded_ / kBlockSide; ++tile) {
         const float* from = (const float*)strip_ + tile * kTileBytes / 4;
         float* to = (float*)x_at(r) + tile * kTileBytes / 4;
@@ -185,6 +224,7 @@ class TiledLinear {
   FASTATTN_INLINE void multiply_tiles() {
     tiles_.multiply<0, 4, 6>(), tiles_.multiply<1, 4, 7>(), tiles_.multiply<2, 5, 6>(),
         tiles_.multiply<3, 5, 7>();
+    splitter_.step();
   }
 
   // Sums that are not finite, in fp32.
@@ -213,7 +253,8 @@ class TiledLinear {
   const int64_t row_, begin_;
   Header* header_;
   char* x_;
-  BFloat16 *weight_, *strip_;
+  BFloat16 *weight_, *next_weight_, *strip_;
+  RowSplitter splitter_;
   float* sums_;
   int64_t rows_, end_, steps_ = 0, padded_ = 0;
 };
