@@ -1,8 +1,8 @@
 """Linear layers of inference on the CPU, with the activation in the product.
 
 bf16 goes to oneDNN, whose activation saves a pass over the result. float32 goes to fastattn's kernel where the kernels
-are those of AMX: of BERT's four products it ran 180 to 191 GFLOP/s with 512 rows, one thread, where torch's own path,
-MKL, ran 149 to 156, and 144 to 166 with 128 rows, where MKL ran 128 to 140. Elsewhere float32 goes to oneDNN: on
+are those of AMX: of BERT's four products it ran 206 to 239 GFLOP/s with 512 rows, one thread, where torch's own path,
+MKL, ran 150 to 158, and 175 to 222 with 128 rows, where MKL ran 134 to 138. Elsewhere float32 goes to oneDNN: on
 AVX-512 machines that are not Intel's MKL runs at 80 % of its speed.
 """
 
