@@ -421,7 +421,7 @@ class AttentionBackward {
   float *dq_, *dk_, *dv_, *sum_;
 };
 
-// Which operands a storage takes: tiles of bf16 where the machine has them, else pairs where it has their
+// Which operands a storage takes: tiles where the machine has them, else pairs of bf16 where it has their
 // dot.
 template <class T>
 struct Operands {
@@ -430,7 +430,11 @@ struct Operands {
 #if defined FASTATTN_HAS_TILES
 template <>
 struct Operands<BFloat16> {
-  using Best = TiledRows;
+  using Best = TiledRows<BFloat16>;
+};
+template <>
+struct Operands<Half> {
+  using Best = TiledRows<Half>;
 };
 #elif defined FASTATTN_HAS_DOT2
 template <>

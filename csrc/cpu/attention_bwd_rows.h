@@ -24,6 +24,7 @@ struct VectorRows {
     Matrices(const AttentionBwdArgs&, int64_t, float*) {}
   };
   static constexpr bool kTiles = false;
+  static constexpr int kParts = 1;
   static int64_t wide(int64_t width) { return padded(width); }
 };
 
@@ -87,26 +88,49 @@ struct PairedRows : VectorRows {
 #endif
 
 #ifdef FASTATTN_HAS_TILES
-// The products on tiles, of any width.
+// The products on tiles, of any width; fp16 as two bf16 that add up to it.
+template <class T>
 struct TiledRows {
   using Product = Dot2Product;
-  using Matrices = GradientMatrices;
-  static constexpr int kRows = 2;
+  using Matrices = GradientMatrices<T>;
+  static constexpr int kRows = 2, kParts = kTileParts<T>;
   static constexpr bool kTiles = true;
 
   static bool takes(int64_t) { return true; }
   static int64_t wide(int64_t width) { return padded_width(width); }
 
   // Two lane vectors of two rows as pairs of rows, and as rows of pairs of keys that lie 16 apart, 32 words
-  // from row to row. Rounded as pack_pairs_loosely does it.
-  static FASTATTN_INLINE void put_pairs(const F32 (&x)[2][2], int32_t* pairs, int32_t* rows = nullptr) {
+  // from row to row; each part of them in turn. Rounded as pack_pairs_loosely does it. NaN goes to `check`
+  // where a number has no parts.
+  static FASTATTN_INLINE void put_pairs(const F32 (&x)[2][2], F32* check, int32_t* pairs,
+                                        int32_t* rows = nullptr) {
+    F32 rest[2][2] = {{x[0][0], x[0][1]}, {x[1][0], x[1][1]}};
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      put_part(rest, pairs + part * kPartWords, rows ? rows + part * kPartWords : nullptr);
+      if (kParts > 1 && part == 0) {
+        *check = fma(rest[0][0] + rest[0][1], zero(), fma(rest[1][0] + rest[1][1], zero(), *check));
+      }
+    }
+  }
+  // Numbers that are not the sum of their parts: not finite, or next to infinity.
+  static Mask has_no_parts(F32 x) {
+    return is_nan((x - float_of((bits_of(x) + splat_int(0x8000)) & splat_int(-0x10000))) * zero());
+  }
+
+ private:
+  static constexpr int64_t kPartWords = Matrices::kPairBytes / 4;
+
+  // The next part of every number, and what it leaves of it.
+  static FASTATTN_INLINE void put_part(F32 (&rest)[2][2], int32_t* pairs, int32_t* rows) {
     I32 high[2][2], low[2][2];
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r) {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        high[r][i] = bits_of(x[r][i]) + splat_int(0x8000);
+        high[r][i] = bits_of(rest[r][i]) + splat_int(0x8000);
         low[r][i] = shift_right<16>(high[r][i]);
+        if constexpr (kParts > 1) rest[r][i] = rest[r][i] - float_of(high[r][i] & splat_int(-0x10000));
       }
     }
     store(pairs, merge_halves(high[1][0], low[0][0]));

@@ -36,6 +36,7 @@ template <class T, class Rows>
 class GradientTile {
   using Product = typename Rows::Product;
   static constexpr int kRows = Rows::kRows;
+  static constexpr bool kSplit = Rows::kParts > 1;
 
  public:
   // `places`: query blocks whose operands are kept for the K granules to come.
@@ -126,7 +127,7 @@ class GradientTile {
       }
     }
     if constexpr (USE != TileUse::kSums) {
-      if (bad_k_ | block_->bad_q | block_->bad_dout) add_bad_rows(to);
+      if (keeps_ || has_bad_rows()) add_bad_rows(to);
     }
     return true;
   }
@@ -147,8 +148,9 @@ class GradientTile {
       }
     };
     if constexpr (Rows::kTiles) {
+      matrices_.compute_scores(segment_, segments_);
       for (int s = 0; s < segments_; ++s) {
-        matrices_.compute_scores(segment_[s]);
+        repair_scores(segment_[s]);
         score_terms(s, s + 1);
         add(s, s + 1);
       }
@@ -243,6 +245,28 @@ class GradientTile {
         !apply_score_terms_rows<T>(a_, rows_, key_, keys_, segment_ + from, to - from, scores_, cap_, words_);
   }
 
+  // Scores of numbers without parts, where they are seen: an infinity times a part that is 0 is NaN.
+  void repair_scores(const Segment& s) {
+    if constexpr (kSplit) {
+      if (matrices_.scores_finite(s)) return;
+      const T *q = row_of<T>(a_.q) + s.first * a_.q.row, *dout = row_of<T>(a_.dout) + s.first * a_.dout.row;
+      for (int r = s.first; r < s.last; ++r, q += a_.q.row, dout += a_.dout.row) {
+        for (int j = s.from * kLanes; j < last_key(s); ++j) {
+          if (!seen(r, j)) continue;
+          repair(q, k_ + j * a_.k.row, a_.D, scores_ + r * kGranule + j);
+          repair(dout, v_ + j * a_.v.row, a_.Dv, ds_ + r * kGranule + j);
+        }
+      }
+    }
+  }
+  static void repair(const T* x, const T* y, int64_t width, float* score) {
+    if (*score - *score == 0.f) return;
+    F32 sum = zero();
+    for (int64_t d = 0; d < width; d += kLanes)
+      sum = fma(load_n(x + d, width - d), load_n(y + d, width - d), sum);
+    *score = reduce_add(sum);
+  }
+
   // On tiles, see attention_bwd_amx.h.
   template <TileUse USE>
   void by_blocks(const Targets& to) {
@@ -251,11 +275,20 @@ class GradientTile {
       matrices_.begin_tile({to.dq, to.dk, to.dv});
       p_pairs_ = matrices_.p_pairs, ds_pairs_ = matrices_.ds_pairs;
     }
-    for (int s = 0; s < segments_; ++s) matrices_.compute_scores(segment_[s]), prefetch_.step();
+    keeps_ = false;
+    if constexpr (kSplit) {
+      matrices_.compute_scores(segment_, segments_);
+      for (int s = 0; s < segments_; ++s) prefetch_.step();
+    } else {
+      for (int s = 0; s < segments_; ++s) matrices_.compute_scores(segment_ + s, 1), prefetch_.step();
+    }
     for (int s = 0; s < segments_; ++s) {
+      repair_scores(segment_[s]);
       score_terms(s, s + 1);
+      check_ = zero();
       gradients_of<USE>(s, s + 1);
       prefetch_.step();
+      if (kSplit && kProducts && (has_bad_rows() || any(is_nan(check_)))) keep_numbers(segment_[s]);
       if constexpr (kProducts) matrices_.defer_keys(segment_[s]);
       matrices_.keep_awake();  // these blocks take longer than the matrix unit waits
     }
@@ -328,6 +361,7 @@ class GradientTile {
   template <TileUse USE, bool TERMS, bool MASKED, bool DROPOUT>
   void gradients(const Segment seg) {
     const Constants constants(*this);
+    F32 check = zero();
     // Tiles take whole halves, two lane vectors at a time.
     constexpr int kStep = Rows::kTiles ? 2 : 1;
     for (int r = seg.first; r < seg.last; r += kRows) {
@@ -341,13 +375,14 @@ class GradientTile {
           ds[0][i] = element<USE, TERMS, MASKED, DROPOUT>(constants, r, c + i, row0, &p[0][i]);
           if (both) ds[1][i] = element<USE, TERMS, MASKED, DROPOUT>(constants, r + 1, c + i, row1, &p[1][i]);
         }
-        if constexpr (USE != TileUse::kSums) put(r, c, p, ds);
+        if constexpr (USE != TileUse::kSums) put(r, c, p, ds, &check);
       }
     }
+    if constexpr (kSplit) check_ = check;
     if constexpr (Rows::kTiles && USE != TileUse::kSums) {
       const F32 none[2][kStep] = {{zero(), zero()}, {zero(), zero()}};
       for (int r = (seg.last + 1) / 2 * 2; r % (kGranule / 2); r += 2) {
-        for (int c = seg.from; c < seg.to; c += kStep) put(r, c, none, none);
+        for (int c = seg.from; c < seg.to; c += kStep) put(r, c, none, none, &check);
       }
     }
   }
@@ -401,14 +436,15 @@ class GradientTile {
   }
 
   template <int N>
-  FASTATTN_INLINE void put(int r, int c, const F32 (&p)[2][N], const F32 (&ds)[2][N]) {
+  FASTATTN_INLINE void put(int r, int c, const F32 (&p)[2][N], const F32 (&ds)[2][N], F32* check) {
     if constexpr (kRows == 1) {
       store(scores_ + r * kGranule + c * kLanes, p[0][0]);
       store(ds_ + r * kGranule + c * kLanes, ds[0][0]);
     } else if constexpr (Rows::kTiles) {
       const int64_t at = r / 2 * kGranule + c * kLanes;
-      Rows::put_pairs(p, p_pairs_ + at);
-      Rows::put_pairs(ds, ds_pairs_ + at, (int32_t*)ds_narrow_ + r * (kGranule / 2) + c * (kLanes / 2));
+      Rows::put_pairs(p, check, p_pairs_ + at);
+      Rows::put_pairs(ds, check, ds_pairs_ + at,
+                      (int32_t*)ds_narrow_ + r * (kGranule / 2) + c * (kLanes / 2));
     } else {
 #ifdef FASTATTN_HAS_DOT2
       store(p_pairs_ + r / 2 * kGranule + c * kLanes, pack_pairs(p[0][0], p[1][0]));
@@ -418,6 +454,43 @@ class GradientTile {
       store(narrow + kGranule, ds[1][0]);  // past the last row: one of the 64 that nobody reads
 #endif
     }
+  }
+
+  // P and dS once more, in fp32 over the scores they came from, for add_bad_rows. Those that have no parts
+  // are 0 in the products.
+  void keep_numbers(const Segment& s) {
+    if (!keeps_) memset(lost_, 0, sizeof lost_);
+    keeps_ = true;
+    a_.dropout ? keep_numbers<true>(s) : keep_numbers<false>(s);
+  }
+  template <bool DROPOUT>
+  void keep_numbers(const Segment& s) {
+    if constexpr (kSplit) {
+      const Constants constants(*this);
+      for (int r = s.first; r < s.last; r += 2) {
+        for (int c = s.from; c < s.to; c += 2) {
+          F32 p[2][2], ds[2][2], check = zero();
+          for (int i = 0; i < 4; ++i) {
+            F32 &weight = p[i / 2][i % 2], &gradient = ds[i / 2][i % 2];
+            weight = gradient = zero();
+            const int row = r + i / 2, lane = c + i % 2;
+            if (row == s.last) continue;
+            gradient = element<TileUse::kProducts, true, true, DROPOUT>(constants, row, lane, Row(*this, row),
+                                                                        &weight);
+            store(scores_ + row * kGranule + lane * kLanes, weight);
+            store(ds_ + row * kGranule + lane * kLanes, gradient);
+            weight = without_lost(weight, &lost_[0][row], lane);
+            gradient = without_lost(gradient, &lost_[1][row], lane);
+          }
+          put(r, c, p, ds, &check);
+        }
+      }
+    }
+  }
+  static F32 without_lost(F32 x, uint64_t* lost, int lane) {
+    const Mask none = Rows::has_no_parts(x);
+    *lost |= uint64_t(bits_of(none)) << (lane * kLanes);
+    return select(none, zero(), x);
   }
 
   int last_key(const Segment& seg) const { return seg.to * kLanes < keys_ ? seg.to * kLanes : keys_; }
@@ -448,33 +521,38 @@ class GradientTile {
     }
   }
 
-  // What rows that are not finite add to the gradients of those that see them.
+  bool has_bad_rows() const { return (bad_k_ | block_->bad_q | block_->bad_dout) != 0; }
+
+  // What rows that are not finite, and P and dS that are not, add to the gradients where they are seen.
   void add_bad_rows(const Targets& to) {
     finish();
     const T *q = row_of<T>(a_.q), *dout = row_of<T>(a_.dout);
     const int64_t key_step = Rows::kTiles ? 1 : wide_, key_step_v = Rows::kTiles ? 1 : wide_v_;
     const int64_t step = Rows::kTiles ? kGranule : 1;
     for (int r = 0; r < rows_.count; ++r) {
-      const bool bad_q = to.dk && (block_->bad_q >> r & 1), bad_dout = to.dv && (block_->bad_dout >> r & 1);
-      const uint64_t bad_k = to.dq ? bad_k_ : 0;
-      for (uint64_t keys = words_[r] & (bad_q || bad_dout ? ~0ull : bad_k); keys; keys &= keys - 1) {
+      const uint64_t lost_p = keeps_ ? lost_[0][r] : 0, lost_ds = keeps_ ? lost_[1][r] : 0;
+      const uint64_t for_k = to.dq ? bad_k_ | lost_ds : 0;
+      const uint64_t for_q = !to.dk ? 0 : block_->bad_q >> r & 1 ? ~0ull : lost_ds;
+      const uint64_t for_dout = !to.dv ? 0 : block_->bad_dout >> r & 1 ? ~0ull : lost_p;
+      for (uint64_t keys = words_[r] & (for_k | for_q | for_dout); keys; keys &= keys - 1) {
         const int j = __builtin_ctzll(keys);
-        if (bad_k >> j & 1) add_row(ds_at(r, j), k_ + j * a_.k.row, a_.D, to.dq + r * wide_, 1);
-        if (bad_q) add_row(ds_at(r, j), q + r * a_.q.row, a_.D, to.dk + j * key_step, step);
-        if (bad_dout) add_row(p_at(r, j), dout + r * a_.dout.row, a_.Dv, to.dv + j * key_step_v, step);
+        if (for_k >> j & 1) add_row(ds_at(r, j), k_ + j * a_.k.row, a_.D, to.dq + r * wide_, 1);
+        if (for_q >> j & 1) add_row(ds_at(r, j), q + r * a_.q.row, a_.D, to.dk + j * key_step, step);
+        if (for_dout >> j & 1)
+          add_row(p_at(r, j), dout + r * a_.dout.row, a_.Dv, to.dv + j * key_step_v, step);
       }
     }
   }
 
   bool seen(int r, int j) const { return words_[r] >> j & 1; }
   float ds_at(int r, int j) const {
-    if (kRows == 1) return ds_[r * kGranule + j];
+    if (kRows == 1 || kSplit) return ds_[r * kGranule + j];
     if (Rows::kTiles) j = j / 32 * 32 + j % 16 * 2 + j / 16 % 2;  // see put_pairs
     return as_float(((const BFloat16*)ds_narrow_)[r * kGranule + j]);
   }
   float p_at(int r, int j) const {
-    return kRows == 1 ? scores_[r * kGranule + j]
-                      : as_float(((const BFloat16*)p_pairs_)[(r / 2 * kGranule + j) * 2 + r % 2]);
+    return kRows == 1 || kSplit ? scores_[r * kGranule + j]
+                                : as_float(((const BFloat16*)p_pairs_)[(r / 2 * kGranule + j) * 2 + r % 2]);
   }
   static void add_row(float factor, const T* row, int64_t width, float* acc, int64_t step) {
     for (int64_t d = 0; d < width; ++d) acc[d * step] += factor * as_float(row[d]);
@@ -500,6 +578,11 @@ class GradientTile {
   const QueryBlock* block_ = nullptr;
   const float *lse_ = nullptr, *shift_ = nullptr, *delta_ = nullptr;
   bool masked_ = false;
+  // Of numbers in parts: NaN once P or dS of a segment has none; whether scores_ and ds_ hold P and dS of the
+  // tile, and where these have no parts.
+  F32 check_ = zero();
+  bool keeps_ = false;
+  uint64_t lost_[2][kGranule];
   float *sum_tile_ = nullptr, *sum_columns_ = nullptr;
   int segments_ = 0;
   Segment segment_[4];
