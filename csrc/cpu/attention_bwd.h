@@ -448,11 +448,11 @@ struct Of {
   using type = X;
 };
 
-// Calls with the passes for the call's storage and widths.
+// Calls with the passes for the call's storage and shape.
 template <class T, class Call>
 auto with_backward(const AttentionBwdArgs& a, const Call& call) {
   using Best = typename Operands<T>::Best;
-  if (Best::takes(a.D) && Best::takes(a.Dv)) return call(Of<AttentionBackward<T, Best>>{});
+  if (Best::takes(a)) return call(Of<AttentionBackward<T, Best>>{});
   return call(Of<AttentionBackward<T, WidenedRows<T>>>{});
 }
 
