@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 
-from .workloads import FORWARD_AND_BACKWARD
-
-# On tiles attention splits an fp16 number into two bf16: four products for one in the scores, three in the values.
-_FP16_SPLIT = (4 + 3) / 2
-_FP16_FORWARD = {"tile_bf16": _FP16_SPLIT, "fma_f32": 1}
-_FP32 = {"fma_f32": 1}
-# What bounds a dtype's arithmetic: shares of the work, and for each the loops that could do it, with how many of their
-# operations one of the dtype's takes. The best on the chosen instruction set counts. The backward of fp16 is fp32's.
+# On tiles attention splits an fp16 number into two bf16: four products for one of scores and of their gradients, three
+# of the other two and three of these.
+_FP16_FORWARD, _FP16_TRAINING = (4 + 3) / 2, (4 + 3 + 2 * 4 + 3 * 3) / 7
+# What bounds a dtype's arithmetic: the loops that could do it, with how many of their operations one of the dtype's
+# takes. The best on the chosen instruction set counts.
 ARITHMETIC = {
-    "fp32": ((1, _FP32),),
-    "bf16": ((1, {"tile_bf16": 1, "dot_bf16": 1, "fma_f32": 1}),),
-    "fp16": ((1, _FP16_FORWARD),),
-    "fp16-training": ((1 / FORWARD_AND_BACKWARD, _FP16_FORWARD), (1 - 1 / FORWARD_AND_BACKWARD, _FP32)),
-    "fp64": ((1, _FP32),),
+    "fp32": {"fma_f32": 1},
+    "bf16": {"tile_bf16": 1, "dot_bf16": 1, "fma_f32": 1},
+    "fp16": {"tile_bf16": _FP16_FORWARD, "fma_f32": 1},
+    "fp16-training": {"tile_bf16": _FP16_TRAINING, "fma_f32": 1},
+    "fp64": {"fma_f32": 1},
 }
 MEMORY = {"read": ("read",), "copy": ("copy", "copy_stream")}
 
 # On a GPU: its matrix products, and copies from memory to memory.
-GPU_ARITHMETIC = {name: ((1, {f"matmul_{name.split('-')[0]}": 1}),) for name in ARITHMETIC}
+GPU_ARITHMETIC = {name: {f"matmul_{name.split('-')[0]}": 1} for name in ARITHMETIC}
 GPU_MEMORY = {"read": ("copy",), "copy": ("copy",)}
 
 # A working set beyond any cache; larger ones cost time to fill and change nothing.
@@ -95,11 +92,8 @@ class Ceilings:
             return None
         arithmetic, memory = (GPU_ARITHMETIC, GPU_MEMORY) if self._gpu else (ARITHMETIC, MEMORY)
         if ceiling in arithmetic:
-            rates = [
-                (share, max(self._kind(kind, 0) / operations for kind, operations in kinds.items()))
-                for share, kinds in arithmetic[ceiling]
-            ]
-            return 1 / sum(share / rate for share, rate in rates) if all(rate for _, rate in rates) else None
+            kinds = arithmetic[ceiling].items()
+            return max(self._kind(kind, 0) / operations for kind, operations in kinds) or None
         # Rounded up to a power of two: neighbours share a measurement.
         size = min(1 << max(14, (int(bytes or LARGEST_SET) - 1).bit_length()), LARGEST_SET)
         return max(self._kind(kind, 0 if self._gpu else size) for kind in memory[ceiling]) or None

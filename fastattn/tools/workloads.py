@@ -136,7 +136,7 @@ class Workload:
 
     @property
     def ceiling(self) -> str | None:
-        """The ceiling that bounds it: a dtype's arithmetic ("fp16-training" where the backward's is another),
+        """The ceiling that bounds it: a dtype's arithmetic ("fp16-training" with its backward's),
         "read" or "copy" (see `ceilings.py`); None for what no machine's limit explains, a call's latency, the
         building of a mask from its formula, a whole model."""
         if self.op in ("mask-build", "model") or "latency" in self.features:
