@@ -15,6 +15,15 @@ struct AttentionOptions {
   OptionalTensor dropout_seed, q_pos, k_pos, block_table, kv_lengths, k_scale, v_scale, sinks;
 };
 
+// Of a call with an upper-left triangle or none, and ranges of keys or none.
+inline AttentionOptions plain_options(double scale, bool is_causal, OptionalTensor lo = {},
+                                      OptionalTensor hi = {}) {
+  AttentionOptions options{};
+  options.scale = scale, options.lo = lo, options.hi = hi;
+  if (is_causal) options.band_hi = 0;
+  return options;
+}
+
 template <class T>
 const T* data_of(const OptionalTensor& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;

@@ -35,6 +35,14 @@ STABLE_TORCH_LIBRARY(fastattn, m) {
   m.def(
       "attention_masked(Tensor q, Tensor k, Tensor v, float scale, SymInt? band_lo, SymInt? band_hi, "
       "Tensor? lo, Tensor? hi, Tensor? block_offsets, Tensor? block_list, Tensor? bit_tiles) -> Tensor");
+  // For training, on the CPU: what has no score terms and no blocks.
+  m.def(
+      "attention_training(Tensor q, Tensor k, Tensor v, float scale, bool is_causal, Tensor? lo, Tensor? hi) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_training_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? lo, "
+      "Tensor? hi, float scale, bool is_causal, bool needs_q, bool needs_k, bool needs_v) -> (Tensor dq, "
+      "Tensor dk, Tensor dv)");
   m.def("_attention_bwd_route() -> str");
   m.def("mask_scan(Tensor mask) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");
   m.def("bias_scan(Tensor bias) -> (Tensor offsets, Tensor blocks, Tensor tiles, Tensor flags)");

@@ -21,7 +21,7 @@ Tensor output_like(const Tensor& q, const AttentionArgs& a, bool fp32) {
   const int64_t heads = std::max<int64_t>(a.Hq, 1), rows = std::max<int64_t>(a.Sq, 1);
   const int64_t width = std::max<int64_t>(a.Dv, 1), batch = heads * rows * width;
   const ScalarType dtype = fp32 ? ScalarType::Float : q.scalar_type();
-  if (a.q.head < a.q.row) {
+  if (q.stride(1) < q.stride(2)) {
     return new_tensor({a.B, a.Hq, a.Sq, a.Dv}, {batch, width, heads * width, 1}, dtype);
   }
   return new_tensor({a.B, a.Hq, a.Sq, a.Dv}, {batch, rows * width, width, 1}, dtype);
@@ -60,6 +60,31 @@ void run(AttentionArgs& a, const Tensor& out, Storage storage) {
       together);
 }
 
+// The arguments of a call, whose columns may lie anywhere: what is copied for that lives as long.
+struct ForwardCall {
+  const Tensor q, k, v;
+  AttentionArgs a;
+  Tensor out;
+
+  ForwardCall(const Tensor& given_q, const Tensor& given_k, const Tensor& given_v,
+              const AttentionOptions& options, bool out_fp32)
+      : q(with_adjacent_columns(given_q)),
+        k(with_adjacent_columns(given_k)),
+        v(with_adjacent_columns(given_v)),
+        a(attention_args(q, k, v, options)),
+        out(output_like(given_q, a, out_fp32)) {
+    a.out_fp32 = out_fp32;
+  }
+};
+
+std::tuple<Tensor, Tensor> run_with_lse(ForwardCall call) {
+  AttentionArgs& a = call.a;
+  Tensor lse = new_tensor({a.B, a.Hq, a.Sq}, {a.Hq * a.Sq, a.Sq, 1}, ScalarType::Float);
+  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run(a, call.out, a.storage);
+  return {call.out, lse};
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                          std::optional<int64_t> band_lo, std::optional<int64_t> band_hi,
                                          OptionalTensor lo, OptionalTensor hi, OptionalTensor block_offsets,
@@ -69,32 +94,24 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          OptionalTensor k_pos, OptionalTensor block_table,
                                          OptionalTensor kv_lengths, OptionalTensor k_scale,
                                          OptionalTensor v_scale, OptionalTensor sinks, bool out_fp32) {
-  AttentionArgs a = attention_args(
-      q, k, v, {scale,     band_lo,     band_hi,      lo,      hi,        block_offsets, block_list,
-                bit_tiles, bias,        alibi_slopes, softcap, dropout_p, dropout_seed,  q_pos,
-                k_pos,     block_table, kv_lengths,   k_scale, v_scale,   sinks});
-  a.out_fp32 = out_fp32;
-  Tensor out = output_like(q, a, out_fp32);
-  Tensor lse = new_tensor({a.B, a.Hq, a.Sq}, {a.Hq * a.Sq, a.Sq, 1}, ScalarType::Float);
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  run(a, out, storage_of(q, "q"));
-  return {out, lse};
+  return run_with_lse({q,
+                       k,
+                       v,
+                       {scale,     band_lo,     band_hi,      lo,      hi,        block_offsets, block_list,
+                        bit_tiles, bias,        alibi_slopes, softcap, dropout_p, dropout_seed,  q_pos,
+                        k_pos,     block_table, kv_lengths,   k_scale, v_scale,   sinks},
+                       out_fp32});
 }
 
-Tensor run_inference(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  AttentionArgs a = attention_args(q, k, v, options);
-  Tensor out = output_like(q, a, false);
-  run(a, out, storage_of(q, "q"));
-  return out;
+Tensor run_inference(ForwardCall call) {
+  run(call.a, call.out, call.a.storage);
+  return call.out;
 }
 
 // The plain call of inference: no mask or an upper-left triangle, no LSE. Short, because at one row the
 // arguments of attention_fwd would cost more than the attention.
 Tensor attention_plain(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool is_causal) {
-  AttentionOptions options{};
-  options.scale = scale;
-  if (is_causal) options.band_hi = 0;
-  return run_inference(q, k, v, options);
+  return run_inference({q, k, v, plain_options(scale, is_causal), false});
 }
 
 // The same under any mask: without an LSE the tiles may make weights by integers.
@@ -106,7 +123,13 @@ Tensor attention_masked(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   options.scale = scale, options.band_lo = band_lo, options.band_hi = band_hi;
   options.lo = lo, options.hi = hi;
   options.block_offsets = block_offsets, options.block_list = block_list, options.bit_tiles = bit_tiles;
-  return run_inference(q, k, v, options);
+  return run_inference({q, k, v, options, false});
+}
+
+// With an LSE, for attention_training_bwd.
+std::tuple<Tensor, Tensor> attention_training(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                              bool is_causal, OptionalTensor lo, OptionalTensor hi) {
+  return run_with_lse({q, k, v, plain_options(scale, is_causal, lo, hi), false});
 }
 
 std::string route_name(int64_t Sq, int64_t group, int64_t D, int64_t Dv, int64_t storage) {
@@ -122,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&fastattn::attention_fwd));
   m.impl("attention_plain", TORCH_BOX(&fastattn::attention_plain));
   m.impl("attention_masked", TORCH_BOX(&fastattn::attention_masked));
+  m.impl("attention_training", TORCH_BOX(&fastattn::attention_training));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {

@@ -18,8 +18,8 @@ namespace {
 // Uninitialised and contiguous in the shape of x, or of no elements where it is not needed.
 Tensor empty_like(const Tensor& x, bool needed, bool fp32) {
   const ScalarType dtype = fp32 ? ScalarType::Float : x.scalar_type();
-  if (!needed) return torch::stable::new_empty(x, {0}, dtype);
-  return torch::stable::new_empty(x, x.sizes(), dtype);
+  if (!needed) return new_tensor({0}, dtype);
+  return new_tensor(x.sizes(), dtype);
 }
 
 // The same in the order of heads and rows of x [B, H, S, D].
@@ -121,21 +121,15 @@ void sum_over(const float* parts, int64_t outer, int64_t n, int64_t inner, Tenso
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q, const Tensor& k,
-                        const Tensor& v, const Tensor& out, const Tensor& lse, double scale,
-                        std::optional<int64_t> band_lo, std::optional<int64_t> band_hi, OptionalTensor lo,
-                        OptionalTensor hi, OptionalTensor block_offsets, OptionalTensor block_list,
-                        OptionalTensor block_offsets_t, OptionalTensor block_list_t, OptionalTensor bit_tiles,
-                        OptionalTensor bias, OptionalTensor alibi_slopes, double softcap, double dropout_p,
-                        OptionalTensor dropout_seed, OptionalTensor q_pos, OptionalTensor k_pos,
-                        OptionalTensor block_table, OptionalTensor kv_lengths, OptionalTensor k_scale,
-                        OptionalTensor v_scale, OptionalTensor sinks, std::vector<bool> needs,
-                        bool grads_fp32) {
+Gradients gradients(const Tensor& dout, const OptionalTensor& dlse, const Tensor& given_q,
+                    const Tensor& given_k, const Tensor& given_v, const Tensor& out, const Tensor& lse,
+                    const AttentionOptions& options, const OptionalTensor& block_offsets_t,
+                    const OptionalTensor& block_list_t, const std::vector<bool>& needs, bool grads_fp32) {
+  const Tensor q = with_adjacent_columns(given_q), k = with_adjacent_columns(given_k),
+               v = with_adjacent_columns(given_v);
+  const OptionalTensor &bias = options.bias, &alibi_slopes = options.alibi_slopes, &sinks = options.sinks;
   AttentionBwdArgs a{};
-  static_cast<AttentionArgs&>(a) = attention_args(
-      q, k, v, {scale,     band_lo,     band_hi,      lo,      hi,        block_offsets, block_list,
-                bit_tiles, bias,        alibi_slopes, softcap, dropout_p, dropout_seed,  q_pos,
-                k_pos,     block_table, kv_lengths,   k_scale, v_scale,   sinks});
+  static_cast<AttentionArgs&>(a) = attention_args(q, k, v, options);
   STD_TORCH_CHECK(needs.size() == 6,
                   "fastattn: needs has one entry each for q, k, v, bias, alibi_slopes, sinks");
   check_results(a, dout, out, lse);
@@ -170,9 +164,9 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   if (needs_sinks) a.dsinks = sink_parts.get();
 
   a.grads_fp32 = grads_fp32 || q.scalar_type() == ScalarType::Float;
-  Tensor dq = gradient_like(q, needs[0], grads_fp32, &a.dq);
-  Tensor dk = gradient_like(k, needs[1], grads_fp32, &a.dk);
-  Tensor dv = gradient_like(v, needs[2], grads_fp32, &a.dv);
+  Tensor dq = gradient_like(given_q, needs[0], grads_fp32, &a.dq);
+  Tensor dk = gradient_like(given_k, needs[1], grads_fp32, &a.dk);
+  Tensor dv = gradient_like(given_v, needs[2], grads_fp32, &a.dv);
 
   const bool by_columns = needs_bias && bias->size(2) == 1;
   const Floats columns = floats(by_columns ? a.B * a.Hq * a.Sk : 0);
@@ -204,12 +198,44 @@ Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q
   return {dq, dk, dv, dbias, dslopes, dsinks};
 }
 
+Gradients attention_bwd(const Tensor& dout, OptionalTensor dlse, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Tensor& out, const Tensor& lse, double scale,
+                        std::optional<int64_t> band_lo, std::optional<int64_t> band_hi, OptionalTensor lo,
+                        OptionalTensor hi, OptionalTensor block_offsets, OptionalTensor block_list,
+                        OptionalTensor block_offsets_t, OptionalTensor block_list_t, OptionalTensor bit_tiles,
+                        OptionalTensor bias, OptionalTensor alibi_slopes, double softcap, double dropout_p,
+                        OptionalTensor dropout_seed, OptionalTensor q_pos, OptionalTensor k_pos,
+                        OptionalTensor block_table, OptionalTensor kv_lengths, OptionalTensor k_scale,
+                        OptionalTensor v_scale, OptionalTensor sinks, std::vector<bool> needs,
+                        bool grads_fp32) {
+  return gradients(dout, dlse, q, k, v, out, lse,
+                   {scale,     band_lo,     band_hi,      lo,      hi,        block_offsets, block_list,
+                    bit_tiles, bias,        alibi_slopes, softcap, dropout_p, dropout_seed,  q_pos,
+                    k_pos,     block_table, kv_lengths,   k_scale, v_scale,   sinks},
+                   block_offsets_t, block_list_t, needs, grads_fp32);
+}
+
+// Of attention_training.
+std::tuple<Tensor, Tensor, Tensor> attention_training_bwd(const Tensor& dout, const Tensor& q,
+                                                          const Tensor& k, const Tensor& v, const Tensor& out,
+                                                          const Tensor& lse, OptionalTensor lo,
+                                                          OptionalTensor hi, double scale, bool is_causal,
+                                                          bool needs_q, bool needs_k, bool needs_v) {
+  const auto [dq, dk, dv, dbias, dslopes, dsinks] =
+      gradients(dout, {}, q, k, v, out, lse, plain_options(scale, is_causal, lo, hi), {}, {},
+                {needs_q, needs_k, needs_v, false, false, false}, false);
+  return {dq, dk, dv};
+}
+
 std::string attention_bwd_route() { return last_route.load(); }
 
 }  // namespace
 }  // namespace fastattn
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) { m.impl("attention_bwd", TORCH_BOX(&fastattn::attention_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_bwd", TORCH_BOX(&fastattn::attention_bwd));
+  m.impl("attention_training_bwd", TORCH_BOX(&fastattn::attention_training_bwd));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("_attention_bwd_route", TORCH_BOX(&fastattn::attention_bwd_route));
 }

@@ -9,6 +9,7 @@
 #include "cpu/mask_build.h"
 #include "cpu/targets/targets.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace fastattn {
 namespace {
@@ -23,7 +24,7 @@ constexpr int64_t kFromStart = 8;   // every plane's interval begins with the fi
 constexpr int64_t kToEnd = 16;      // every plane's interval ends with the last key
 
 Tensor new_ints(std::vector<int64_t> sizes, ScalarType dtype = ScalarType::Int) {
-  return torch::stable::empty(sizes, dtype);
+  return new_tensor(sizes, dtype);
 }
 
 // Tiles of 64 words, appended; the memory is not cleared first.

@@ -137,12 +137,24 @@ Tensor new_result(std::vector<int64_t> sizes, ScalarType dtype) { return new_ten
 int64_t release_results() { return blocks().release(); }
 std::vector<int64_t> result_memory() { return blocks().state(); }
 
+size_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    default: STD_TORCH_CHECK(false, "fastattn: no result has this dtype");
+  }
+}
+
 }  // namespace
 
 Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                   torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  size_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Double ? 8 : 2;
+  size_t bytes = element_size(dtype);
   for (const int64_t size : sizes) bytes *= size_t(size);
   if (bytes >= kSmallestBlock && blocks().enabled()) {
     if (void* data = blocks().take(bytes)) {

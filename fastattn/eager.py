@@ -46,7 +46,9 @@ def eager(
         def backward(ctx, *upstream):
             return None, *gradients(ctx, ctx.needs_input_grad[1:], *upstream)
 
-    apply = Eager.apply
+    # Function's own apply looks for transforms, which never come here, and for their dead wrappers, which the
+    # dispatcher opens as well.
+    apply = super(torch.autograd.Function, Eager).apply
 
     def call(*arguments):
         return apply(arguments, *[arguments[i] for i in differentiable])

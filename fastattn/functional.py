@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _info, _triton, ops, reference
-from .dispatch import MOST_ROWS, Choice, choose, features
-from .masks import Causal, Mask, Prepared, native
+from . import _info, _triton, ops, reference, short
+from .dispatch import Choice, choose, features
+from .masks import Causal, Mask, Prepared
 from .masks.lower import Lowered, lower, narrowed
 from .problem import Problem, attention_problem
 
-_PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_plain = torch.ops.fastattn.attention_plain.default
 _masked = torch.ops.fastattn.attention_masked.default
-_with_gradient = ops.OPS["cpu"].eager
-# attention_fwd from block_offsets on, for a call with none of it.
-_NOTHING_ELSE = (None, None, None, None, None, 0.0, 0.0, *[None] * 8, False)
-# Looked up once: the smallest calls are mostly Python.
-_autocast_enabled = torch.is_autocast_enabled
-_interpreter = torch._C._functorch.peek_interpreter_stack
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -59,12 +50,8 @@ def scaled_dot_product_attention(
 
     Method: FlashAttention's online softmax (arXiv:2205.14135, arXiv:2307.08691), skipping all that a mask hides.
     """
-    if attn_mask is None and dropout_p == 0.0 and backend is None:
-        out = _plain_call(query, key, value, is_causal, scale)
-        if out is not None:
-            return out
-    elif dropout_p == 0.0 and backend is None and not is_causal:
-        out = _padded_call(query, key, value, attn_mask, scale)
+    if dropout_p == 0.0 and backend is None:
+        out = short.attend(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if out is not None:
             return out
     problem = attention_problem(
@@ -153,69 +140,6 @@ def attention(
     if out is not None:
         results = (out.copy_(results[0]), *results[1:])
     return results[0] if len(results) == 1 else results
-
-
-def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are equal-sized CPU tensors, with nothing listening and nothing to cast."""
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor) or q.is_nested:
-        return False
-    shape, dtype = q.shape, q.dtype
-    if len(shape) != 4 or k.shape != shape or v.shape != shape or dtype not in _PLAIN_DTYPES:
-        return False
-    if k.dtype != dtype or v.dtype != dtype or not (q.is_cpu and k.is_cpu and v.is_cpu) or shape[3] == 0:
-        return False
-    if shape[2] >= MOST_ROWS:
-        return False
-    if not (
-        q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-    ):  # a third of the time of three strides
-        if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-            return False
-    if _autocast_enabled("cpu"):
-        return False
-    return forward_ad._current_level < 0 and _interpreter() is None
-
-
-def _wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def _plain_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
-    """The shortest way for plain calls; None where this call is not one."""
-    if not _is_plain(q, k, v) or type(is_causal) is not bool:
-        return None
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    elif type(scale) is not float:
-        return None
-    if _wants_gradient(q, k, v):
-        last = 0 if is_causal else None
-        return _with_gradient(q, k, v, scale, None, last, None, None, *_NOTHING_ELSE)[0]
-    return _plain(q, k, v, scale, is_causal)
-
-
-def _padded_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor | None:
-    """The same for a padding mask [B or 1, 1, 1, Sk], which short sequences cannot wait for; None where it is not
-    one interval of keys a batch item."""
-    if type(mask) is not Tensor or not _is_plain(q, k, v) or not mask.is_cpu:
-        return None
-    B, H, S, D = q.shape
-    shape = mask.shape
-    if len(shape) != 4 or shape[1] != 1 or shape[2] != 1 or shape[3] != S or S < 2 or shape[0] not in (1, B):
-        return None
-    if (mask.dtype is not torch.bool and mask.dtype not in (q.dtype, torch.float32)) or not (B and H):
-        return None
-    if (mask.requires_grad and torch.is_grad_enabled()) or not (scale is None or type(scale) is float):
-        return None
-    lo, hi, flags = native.keys(mask.detach() if mask.requires_grad else mask)
-    if flags & (native.GAPS | native.NONZERO):
-        return None
-    lo = None if flags & native.FROM_START else lo.expand(B, H, S)
-    hi = None if flags & native.TO_END else hi.expand(B, H, S)
-    scale = D**-0.5 if scale is None else scale
-    if _wants_gradient(q, k, v):
-        return _with_gradient(q, k, v, scale, None, None, lo, hi, *_NOTHING_ELSE)[0]
-    return _masked(q, k, v, scale, None, None, lo, hi, None, None, None)
 
 
 def _lower(p: Problem, kernel: str = "reference") -> Lowered:

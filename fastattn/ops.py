@@ -48,6 +48,17 @@ def _fake_inference(q, k, v, *options):
     return output_like(q, v.shape[3], q.dtype)
 
 
+def _fake_training(q, k, v, *options):
+    return output_like(q, v.shape[3], q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_training_bwd(dout, q, k, v, out, lse, lo, hi, scale, is_causal, *needs):
+    return tuple(
+        output_like(t, t.shape[3], t.dtype) if needed else t.new_empty(0)
+        for t, needed in zip((q, k, v), needs)
+    )
+
+
 def _fake_linear(x, weight, bias, activation):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -55,6 +66,8 @@ def _fake_linear(x, weight, bias, activation):
 for _name, _fake in (
     ("attention_plain", _fake_inference),
     ("attention_masked", _fake_inference),
+    ("attention_training", _fake_training),
+    ("attention_training_bwd", _fake_training_bwd),
     ("linear_fwd", _fake_linear),
 ):
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")

@@ -23,6 +23,8 @@ __all__ = ["add_layer_norm", "add_rms_norm", "explain", "layer_norm", "rms_norm"
 
 # The plain calls below are the CPU's.
 _softmax_out, _norm_out = OPS["cpu"].softmax_out, OPS["cpu"].norm_out
+_softmax_with_gradient = OPS["cpu"].differentiable("softmax_fwd")
+_norm_with_gradient = OPS["cpu"].differentiable("norm_fwd")
 # Results from this size on are blocks that are used again; see csrc/results.h.
 _new_result = torch.ops.fastattn._new_result.default
 _SMALLEST_BLOCK = torch.ops.fastattn._result_memory()[3]
@@ -70,6 +72,10 @@ def softmax(
         if backend is None and _is_plain(x) and type(dim) is int and -x.dim() <= dim < x.dim():
             factor = 1.0 if scale is None else scale
             if _is_finite(factor):
+                if _wants_gradient(x):
+                    return _softmax_with_gradient(
+                        x, dim % x.dim(), None, None, factor, False, x.dtype == torch.float32
+                    )
                 out = _empty_like(x)
                 _softmax_out(x, dim % x.dim(), None, None, factor, False, out)
                 return out
@@ -121,9 +127,7 @@ def layer_norm(
     """
     if out is None and backend is None and _is_plain_norm(x, normalized_shape, weight, bias):
         if _is_finite(eps) and eps >= 0.0 and _is_finite(weight_offset):
-            out = _empty_like(x)
-            _norm_out(x, _dims_of(normalized_shape), weight, bias, eps, weight_offset, False, out)
-            return out
+            return _plain_norm(x, _dims_of(normalized_shape), weight, bias, eps, weight_offset, False)
     return _norm(
         norm_problem(
             "layer_norm",
@@ -158,9 +162,7 @@ def rms_norm(
     if out is None and backend is None and _is_plain_norm(x, normalized_shape, weight):
         epsilon = _EPS if eps is None else eps
         if _is_finite(epsilon) and epsilon >= 0.0 and _is_finite(weight_offset):
-            out = _empty_like(x)
-            _norm_out(x, _dims_of(normalized_shape), weight, None, epsilon, weight_offset, True, out)
-            return out
+            return _plain_norm(x, _dims_of(normalized_shape), weight, None, epsilon, weight_offset, True)
     return _norm(
         norm_problem(
             "rms_norm",
@@ -328,18 +330,30 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def _is_plain(x: Tensor, *optional: Tensor | None) -> bool:
-    """Whether the validation and choice of a call of inference on the CPU would come out as its shortest way."""
+    """Whether the validation and choice of a call on the CPU would come out as its shortest way."""
     if torch.compiler.is_compiling():
         return False
-    grad = torch.is_grad_enabled()
     for t in (x, *optional):
         if t is None and t is not x:
             continue
-        if type(t) not in _PLAIN_TYPES or t.dtype not in _PLAIN_DTYPES or (grad and t.requires_grad):
+        if type(t) not in _PLAIN_TYPES or t.dtype not in _PLAIN_DTYPES:
             return False
         if not t.is_cpu or t.is_nested or t.layout is not torch.strided or t.dim() > 9:
             return False
     return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _plain_norm(x: Tensor, row_dims: int, weight: Tensor | None, bias: Tensor | None, *options) -> Tensor:
+    """What `_is_plain_norm` allows."""
+    if _wants_gradient(x, weight, bias):
+        return _norm_with_gradient(x, row_dims, weight, bias, *options)[0]
+    out = _empty_like(x)
+    _norm_out(x, row_dims, weight, bias, *options, out)
+    return out
 
 
 def _is_finite(number: float) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn import _info, _library, functional, masks
+from fastattn import _info, _library, masks
 
 sdpa = fastattn.scaled_dot_product_attention
 
@@ -111,29 +111,6 @@ def test_gqa():
     q, k, v = torch.randn(2, 9, 20, 16), torch.randn(2, 3, 20, 16), torch.randn(2, 3, 20, 8)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(sdpa(q, k, v, is_causal=True, enable_gqa=True), expected)
-
-
-@pytest.mark.parametrize("kind", ["none", "causal", "padding", "additive padding"])
-@pytest.mark.parametrize("needs", ["qkv", "q", "k", "v", "kv"])
-def test_plain_calls_train_as_all_others_do(kind, needs, monkeypatch):
-    lengths = torch.tensor([37, 0, 50])
-    padding = (torch.arange(50) < lengths[:, None])[:, None, None]
-    if kind == "additive padding":
-        padding = torch.zeros(3, 1, 1, 50).masked_fill(~padding, float("-inf"))
-    arguments = {"none": {}, "causal": {"is_causal": True}}.get(kind, {"attn_mask": padding})
-    base = [torch.randn(3, 2, 50, 24) for _ in range(4)]
-
-    def run():
-        q, k, v = (t.clone().requires_grad_(name in needs) for name, t in zip("qkv", base))
-        out = fastattn.scaled_dot_product_attention(q, k, v, **arguments)
-        wanted = [t for t in (q, k, v) if t.requires_grad]
-        first = torch.autograd.grad(out, wanted, base[3], retain_graph=True)
-        return out.detach(), *first
-
-    short = run()
-    monkeypatch.setattr(functional, "_is_plain", lambda *qkv: False)
-    for got, want in zip(short, run(), strict=True):
-        assert torch.equal(got, want)
 
 
 def test_autocast():

@@ -53,6 +53,38 @@ def total(f):
     return of
 
 
+PLAIN = {
+    "softmax": lambda x, w, b: rows.softmax(x, 1, scale=0.7),
+    "softmax-0": lambda x, w, b: rows.softmax(x, 0),
+    "layer_norm": lambda x, w, b: rows.layer_norm(x, 70, w, b, weight_offset=1.0),
+    "layer_norm of two dimensions": lambda x, w, b: rows.layer_norm(x, (33, 70)),
+    "rms_norm": lambda x, w, b: rows.rms_norm(x, 70, w),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("needs", ["xwb", "x", "wb"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_calls_train_as_all_others_do(name, needs, dtype, monkeypatch):
+    base = [torch.randn(shape).to(dtype) for shape in ((33, 70), (70,), (70,))]
+    dy = torch.randn(33, 70).to(dtype)
+
+    def run():
+        leaves = [t.clone().requires_grad_(name in needs) for name, t in zip("xwb", base)]
+        y = PLAIN[name](*leaves)
+        wanted = [t for t in leaves if t.requires_grad]
+        if not y.requires_grad:
+            return (y,)
+        return y, *(g for g in torch.autograd.grad(y, wanted, dy, allow_unused=True) if g is not None)
+
+    plainly = run()
+    monkeypatch.setattr(rows, "_is_plain", lambda *tensors: False)
+    generally = run()
+    assert len(plainly) == len(generally)
+    for got, want in zip(plainly, generally):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck_in_float64(name):
     f, inputs = functions(torch.float64)[name]
