@@ -322,13 +322,16 @@ def test_hidden_nan_stays_hidden(isa, name, count, dtype, threads):
             poisoned[:, :, key] = kept
 
 
-def test_nan_of_rows_that_see_nothing(isa):
-    q, k, v, dout = inputs(1, 2, 1, 70, 70, 16, 16)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 64, 130])
+def test_nan_of_rows_that_see_nothing(isa, width, dtype):
+    q, k, v, dout = inputs(1, 2, 1, 70, 70, width, width, dtype)
     mask = torch.rand(70, 70) < 0.5
     mask[[0, 33, 69]] = False
     clean = gradients(fastattn.attention, {"q": q, "k": k, "v": v, "mask": mask}, dout)
-    q[:, :, [0, 33, 69]] = math.nan
-    dout[:, :, [0, 33, 69]] = math.inf
+    for row, column in zip((0, 33, 69), (0, width // 2, width - 1)):
+        q[:, :, row, column] = math.nan
+        dout[:, :, row, column] = math.inf
     poisoned = gradients(fastattn.attention, {"q": q, "k": k, "v": v, "mask": mask}, dout)
     assert all(torch.equal(clean[n], poisoned[n]) for n in clean)
 

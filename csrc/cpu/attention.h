@@ -185,7 +185,8 @@ bool finish_rows(const AttentionArgs& a, const QueryRows& rows, const float* o, 
   const bool terms = has_score_terms(a);
   for (int c = 0; c * kLanes < rows.count; ++c) {
     const F32 s = load(sum + c * kLanes), top = load(max + c * kLanes);
-    store(lse + c * kLanes, terms ? NaturalScores::lse(top, s) : FoldedScale::lse(top, s));
+    if (a.lse || a.sinks)
+      store(lse + c * kLanes, terms ? NaturalScores::lse(top, s) : FoldedScale::lse(top, s));
     store(inverse + c * kLanes, select(s > zero(), splat(1.f) / s, s));
   }
   if (a.sinks) {
@@ -206,10 +207,10 @@ class AttentionForward {
   static constexpr int kKeysPerStep = Operands::kKeysPerStep;
   static constexpr int kWeighed = kTileVectors / 2;  // lane vectors whose weights are made side by side
   static constexpr int kFewKeys = 16;
-  // Of a pivot over the maximum it was taken from, as an exponent of 2. Weights between 2^-8 and 2^8 have the
-  // best exponents: what is left of a score has as few whole bits as can be.
-  static constexpr float kMargin = 1;
-  static constexpr float kMostWeight = 256;
+  // Of a pivot over the maximum it was taken from, as an exponent of 2, and what a row's weights of a granule
+  // may add up to before it takes another. Exponents that count then lie between -8 and 8, where rounding
+  // takes 2^-22 at most.
+  static constexpr float kMargin = 1, kMostWeights = 256;
 
  public:
   // False where the result is not finite although rows hide keys: compute again on the exact path.
@@ -374,8 +375,7 @@ class AttentionForward {
     return fit;
   }
 
-  // Rows whose weights of this granule add up to more than one should be.
-  Mask outgrown(int c) const { return load(fresh_ + c * kLanes) > splat(kMostWeight); }
+  Mask outgrown(int c) const { return load(fresh_ + c * kLanes) > splat(kMostWeights); }
 
   template <class Units, bool MASKED, bool DROPOUT>
   void weigh(const Segment& seg, int c, int n) {

@@ -44,47 +44,89 @@ class BackwardRows {
     const Out* gradient = (const Out*)g.data + b * g.batch + h * g.head + first * g.row;
     const Out* out = (const Out*)a.out + b * a.out_batch + h * a.out_head + first * a.out_row;
     const int64_t at = head * a.Sq + first;
-    const float unit = has_score_terms(a) ? 1.f : kLog2E;
-    double dsink = 0;
-    for (int r = 0; r < count; ++r, gradient += g.row, out += a.out_row) {
-      const float lse = a.lse[at + r];
-      if (lse == -__builtin_inff()) {
-        a.exponent[at + r] = __builtin_inff(), a.shift[at + r] = a.delta[at + r] = 0.f;
-        continue;
+    alignas(64) float lse[kGranule], delta[kGranule];
+    for (int r = 0; r < count; r += kLanes) {
+      F32 products[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        products[i] = zero();
+        if (r + i < count)
+          products[i] = multiply(gradient + (r + i) * g.row, out + (r + i) * a.out_row, a.Dv);
       }
-      float delta = dot(gradient, out, a.Dv), gated = lse;
+      store(delta + r, lane_sums(products));
+      store(lse + r, load_n(a.lse + at + r, count - r));
+    }
+    if (a.sinks || a.dlse) {
+      const double dsink = gate(a, h, at, count, lse, delta);
+      if (a.dsinks) a.dsinks[task] = float(dsink);
+    }
+    const F32 nothing = splat(-__builtin_inff()), unit = splat(unit_of(a));
+    for (int r = 0; r < count; r += kLanes) {
+      const F32 x = load(lse + r);
+      const Mask sees = x > nothing | is_nan(x);
+      store_n(a.exponent + at + r, select(sees, x * unit, zero() - nothing), count - r);
+      store_n(a.delta + at + r, select(sees, load(delta + r), zero()), count - r);
+      store_n(a.shift + at + r, zero(), count - r);
+      // Beyond this fp32 holds an lse to a thirty-second and worse.
+      const Mask extreme = abs(select(sees, x, zero())) > splat(1e6f);
+      a.blocks[task].extreme |= uint64_t(bits_of(extreme)) << r;
+    }
+  }
+
+ private:
+  static float unit_of(const AttentionBwdArgs& a) { return has_score_terms(a) ? 1.f : kLog2E; }
+  static float larger(float x, float y) { return x > y ? x : y; }
+
+  // What a sink and the gradient of lse make of a row's statistics; the gradient of the sink.
+  static double gate(const AttentionBwdArgs& a, int64_t h, int64_t at, int count, float* lses,
+                     float* deltas) {
+    const float unit = unit_of(a);
+    double dsink = 0;
+    for (int r = 0; r < count; ++r) {
+      const float lse = lses[r];
+      if (lse == -__builtin_inff()) continue;
+      float gated = lse;
       if (a.sinks) {
         // out = sigmoid(lse - sink) * (P V), so P * sigmoid(lse - sink) = exp(s - gated) takes P's place.
         const float sink = a.sinks[h];
         gated = larger(lse, sink) + __builtin_log1pf(__builtin_expf(-__builtin_fabsf(lse - sink)));
-        dsink -= double(delta) * __builtin_expf(sink - gated);
+        dsink -= double(deltas[r]) * __builtin_expf(sink - gated);
       }
       // The gradient of lse weighs P itself, without the gate. Below 2^-40 that no longer matters beside it,
       // and a larger exponent would only take digits from P.
       constexpr float kFarthest = 27.72588722f;  // log(2^40)
       if (a.dlse && gated > lse + kFarthest) gated = lse + kFarthest;
-      const float exponent = gated * unit;
       if (a.dlse) {
         // Of the exponent as it is rounded.
+        const float exponent = gated * unit;
         const double ungated = a.sinks ? __builtin_exp((exponent - double(lse) * unit) / unit) : 1;
-        delta -= float(a.dlse[at + r] * ungated);
+        deltas[r] -= float(a.dlse[at + r] * ungated);
       }
-      a.exponent[at + r] = exponent, a.shift[at + r] = 0.f, a.delta[at + r] = delta;
-      // Beyond this fp32 holds an lse to a thirty-second and worse.
-      if (__builtin_fabsf(gated) > 1e6f) a.blocks[task].extreme |= 1ull << r;
+      lses[r] = gated;
     }
-    if (a.dsinks) a.dsinks[task] = float(dsink);
+    return dsink;
   }
 
- private:
-  static float larger(float x, float y) { return x > y ? x : y; }
-
-  static float dot(const Out* x, const Out* y, int64_t width) {
-    F32 sum = zero();
+  // How many numbers of two rows it multiplied as pairs of bf16.
+  template <class X>
+  static int64_t multiply_pairs(const X*, const X*, int64_t, F32*) {
+    return 0;
+  }
+#ifdef FASTATTN_HAS_DOT2
+  static int64_t multiply_pairs(const BFloat16* x, const BFloat16* y, int64_t width, F32* sum) {
     int64_t d = 0;
+    for (; d + 2 * kLanes <= width; d += 2 * kLanes)
+      *sum = dot2(load((const int32_t*)(x + d)), load((const int32_t*)(y + d)), *sum);
+    return d;
+  }
+#endif
+
+  // The products of two rows, to be added up.
+  static F32 multiply(const Out* x, const Out* y, int64_t width) {
+    F32 sum = zero();
+    int64_t d = multiply_pairs(x, y, width, &sum);
     for (; d + kLanes <= width; d += kLanes) sum = fma(load(x + d), load(y + d), sum);
     if (d < width) sum = fma(load_n(x + d, width - d), load_n(y + d, width - d), sum);
-    return reduce_add(sum);
+    return sum;
   }
 };
 
@@ -115,16 +157,16 @@ class AttentionBackward {
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv_head * group + g;
       f.ask_for_next(task, h);
-      clear(f.dq_, dq_floats(a, true));
-      f.tile_.forget_queries();
+      f.tile_.begin_queries(places(a, true), f.dq_);
       for (int64_t n = 0; n < a.k_blocks(); ++n) {
-        if (a.sums_in_heads) clear(f.sum_, sum_rows(a, true) * kGranule);
+        if (a.sums_in_heads) Tile::clear(f.sum_, sum_rows(a, true) * kGranule);
         for (int64_t i = 0; i < a.batches; ++i) {
           const int64_t at = i * round_up(a.Sq);
           f.keys_of_head(b + i, h, n, {f.dq_ + at * f.wide_, i, g == 0, g == group - 1});
         }
         if (a.sums_in_heads) f.store_bias(a.bias_B > 1 ? b : 0, a.bias_H > 1 ? h : 0, 0, n, a.Sq);
       }
+      f.tile_.finish_queries(places(a, true), f.dq_);
       for (int64_t i = 0; i < a.batches; ++i) {
         f.store_rows(a.dq, b + i, h, 0, a.Sq, a.D, f.dq_ + i * round_up(a.Sq) * f.wide_, f.wide_, a.scale);
       }
@@ -137,14 +179,14 @@ class AttentionBackward {
     const int64_t b = head / a.Hq, h = head % a.Hq, first = block * kGranule;
     const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
     AttentionBackward f(a, {true, false, false}, scratch, false);
-    clear(f.dq_, kGranule * f.wide_);
+    f.tile_.begin_queries(1, f.dq_);
     BlockMask mask(a, b, h, first, count);
     BlockMask::Granule g;
     while (mask.next(&g)) {
       f.tile_.load_keys(b, h / (a.Hq / a.Hkv), g.key / kGranule);
       f.tile_.template compute<TileUse::kProducts>(b, h, block, g.tile, 0, {f.dq_, nullptr, nullptr});
     }
-    f.tile_.finish();
+    f.tile_.finish_queries(1, f.dq_);
     f.store_rows(a.dq, b, h, first, count, a.D, f.dq_, f.wide_, a.scale);
   }
 
@@ -165,7 +207,7 @@ class AttentionBackward {
     const bool by_batch = a.bias_B > 1, by_head = a.bias_H > 1;
     double rows[kGranule] = {};
     for (int64_t n = 0; n < a.k_blocks(); ++n) {
-      clear(f.sum_, kGranule * kGranule);
+      Tile::clear(f.sum_, kGranule * kGranule);
       for (int64_t b = by_batch ? map_b : 0; b < (by_batch ? map_b + 1 : a.B); ++b) {
         for (int64_t h = by_head ? map_h : 0; h < (by_head ? map_h + 1 : a.Hq); ++h) {
           f.tile_.sum_into(f.sum_, nullptr);
@@ -184,12 +226,12 @@ class AttentionBackward {
     AttentionBackward f(a, {false, false, false}, scratch, false);
     const int64_t b = task / a.Hq, h = task % a.Hq;
     double sum = 0;
-    clear(f.sum_, kGranule * kGranule);
+    Tile::clear(f.sum_, kGranule * kGranule);
     f.tile_.sum_into(f.sum_, nullptr);
     for (int64_t n = 0; n < a.k_blocks(); ++n) {
       f.template each<TileUse::kSums>(b, h, n, 0, a.q_blocks(), {}, [&](int64_t) {
         sum -= f.distances();
-        clear(f.sum_, kGranule * kGranule);
+        Tile::clear(f.sum_, kGranule * kGranule);
       });
     }
     a.dslopes[task] = float(sum);
@@ -245,7 +287,6 @@ class AttentionBackward {
   static int64_t sum_rows(const AttentionBwdArgs& a, bool heads) {
     return heads && a.sums_in_heads ? round_up(a.Sq) : kGranule;
   }
-  static void clear(float* x, int64_t floats) { memset(x, 0, size_t(floats) * 4); }
 
   // Asks for what the head after h reads, of this task or the next. A task has the results behind it when its
   // heads begin (see heads), and its keys in use.
@@ -306,7 +347,7 @@ class AttentionBackward {
   void keys_of_head(int64_t b, int64_t h, int64_t n, Share to) {
     const int64_t row = all_keys_ ? to.place * round_up(a_.Sk) + n * kGranule : 0;
     float *dk = dk_ + row * wide_, *dv = dv_ + row * wide_v_;
-    if (to.first) clear(dk, kGranule * wide_), clear(dv, kGranule * wide_v_);
+    tile_.begin_keys(to.first, dk, dv);
     alignas(64) float part[kGranule];
     double columns[kGranule] = {};
     to.dk = wanted_.dk ? dk : nullptr, to.dv = wanted_.dv ? dv : nullptr;
@@ -318,11 +359,11 @@ class AttentionBackward {
     }
     if (to.dq && n + 1 == a_.k_blocks()) ask_for_rows(Prefetch::kOut, a_.dq, b, h, 0, a_.Sq, a_.D);
     if (a_.dbias_columns) {
-      clear(part, kGranule);
+      Tile::clear(part, kGranule);
       tile_.sum_into(nullptr, part);
       each<TileUse::kBoth>(b, h, n, 0, a_.q_blocks(), to, [&](int64_t) {
         for (int64_t j = 0; j < keys; ++j) columns[j] += part[j];
-        clear(part, kGranule);
+        Tile::clear(part, kGranule);
       });
       float* out = a_.dbias_columns + (b * a_.Hq + h) * a_.Sk + key;
       for (int64_t j = 0; j < keys; ++j) out[j] = float(columns[j]);
@@ -331,7 +372,7 @@ class AttentionBackward {
     } else {
       each<TileUse::kProducts>(b, h, n, 0, a_.q_blocks(), to, [](int64_t) {});
     }
-    tile_.finish();
+    tile_.finish_keys(to.dk, to.dv);
     if (!to.last) return;
     if (wanted_.dk) store_keys(a_.dk, b, kv_head, key, keys, a_.D, dk, wide_, a_.scale);
     if (wanted_.dv) store_keys(a_.dv, b, kv_head, key, keys, a_.Dv, dv, wide_v_, 1.f);
@@ -358,6 +399,28 @@ class AttentionBackward {
       }
     }
   }
+#ifdef FASTATTN_HAS_TILES
+  // Rounded first: as pairs of columns they are half as many words to turn.
+  static void store_turned(BFloat16* out, int64_t stride, int64_t count, int64_t width, const float* from,
+                           float factor) {
+    for (int64_t d = 0; d < width; d += 2 * kLanes) {
+      const int64_t columns = width - d < 2 * kLanes ? width - d : 2 * kLanes;
+      for (int64_t r = 0; r < count; r += kLanes) {
+        F32 x[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const float* at = from + (d + 2 * i) * kGranule + r;
+          x[i] = float_of(pack_pairs(load(at) * splat(factor), load(at + kGranule) * splat(factor)));
+        }
+        transpose(x);
+        for (int i = 0; i < kLanes && r + i < count; ++i) {
+          BFloat16* to = out + (r + i) * stride + d;
+          if (columns == 2 * kLanes) store((float*)to, x[i]);
+          else memcpy(to, &x[i], size_t(columns) * sizeof *to);
+        }
+      }
+    }
+  }
+#endif
 
   void store_rows(const Gradient& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width,
                   const float* from, int64_t wide, float factor) const {

@@ -10,7 +10,8 @@
 //
 // A tile of 64 x 64 is up to four blocks of 32 x 32; those that no row sees are left out. First the matrix
 // unit works (dQ of the tile before, dK and dV of the last few tiles, then S and dP), then the vectors (P and
-// dS). The sums dK^T and dV^T lie in the second-level cache and are fetched once for kChunkTiles tiles.
+// dS). The sums dK^T and dV^T lie in the second-level cache and are fetched once for kChunkTiles tiles. They
+// are made 32 x 32 at a time, 4 % of a call, since their operands come from there too.
 //
 // fp16 is split into two bf16, x = high + low exactly, and so are P and dS as the vectors write them, to
 // 2^-17. A step loads each part once and takes three products, or four of S and dP. Its operands are twice as
@@ -26,7 +27,8 @@
 // to the other and 0.25 us to pack a granule. TMUL is kept awake between the blocks of vectors, 2 to 6 % of a
 // call. Tried without gain: tile products between the vectors, 3.9 us, since beside TMUL vectors of 512 bits
 // run at one instruction a cycle in place of two; the last sums of a product stored beside the next product
-// (0 to 4 %); S and dP of 32 rows at a time, for 16 KB less of L1.
+// (0 to 4 %); S and dP of 32 rows at a time, for 16 KB less of L1; squares for the other three products,
+// chunks of 2 or 8 tiles, and asking ahead for the lines of sums or operands between products.
 #pragma once
 
 #include "attention_bwd_args.h"
@@ -148,6 +150,34 @@ __attribute__((noinline)) void run_product(Tiles& tiles, const BlockProduct& p) 
   if (late) tiles.store<2>(late, p.c_row), tiles.store<3>(late + kTileRowBytes, p.c_row);
 }
 
+// The same for long chains of listed operands: 32 x 32 sums at a time, so that what is loaded meets two of
+// the other side. Only their end waits for stores.
+__attribute__((noinline)) void run_squares(Tiles& tiles, const BlockProduct& given) {
+  const BlockProduct p = given;  // what tiles store might change what is given
+  int64_t a_at = p.a_first;
+  char* c = p.c;
+  for (int block = 0; block < p.blocks; ++block) {
+    char* lower = c + p.c_row * kTileSide;
+    if (p.accumulate) {
+      tiles.load<0>(c, p.c_row), tiles.load<1>(c + kTileRowBytes, p.c_row);
+      tiles.load<2>(lower, p.c_row), tiles.load<3>(lower + kTileRowBytes, p.c_row);
+    } else {
+      tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
+    }
+    for (int n = 0; n < p.steps; ++n) {
+      const char *a = p.listed[n].a + a_at, *b = p.listed[n].b;
+      tiles.load<4>(a, p.a_row);
+      tiles.load<6>(b, p.b_row), tiles.multiply<0, 4, 6>();
+      tiles.load<7>(b + kTileRowBytes, p.b_row), tiles.multiply<1, 4, 7>();
+      tiles.load<5>(a + p.a_tile, p.a_row);
+      tiles.multiply<2, 5, 6>(), tiles.multiply<3, 5, 7>();
+    }
+    tiles.store<0>(c, p.c_row), tiles.store<1>(c + kTileRowBytes, p.c_row);
+    tiles.store<2>(lower, p.c_row), tiles.store<3>(lower + kTileRowBytes, p.c_row);
+    c += p.c_block, a_at += p.a_block;
+  }
+}
+
 // Where the products of a tile go; null: not asked for. dq has the block's rows, dk and dv hold [width][64].
 struct GradientTargets {
   float *dq, *dk, *dv;
@@ -162,7 +192,8 @@ class GradientMatrices {
   // `places`: query blocks that will come again and again.
   static int64_t bytes(const AttentionBwdArgs& a, int64_t places) {
     const Layout l(a, places);
-    return kVectorBytes + kChunkBytes + align64(l.kept) + l.fixed() + (l.kept + kSpare) * l.slot();
+    return kVectorBytes + kChunkBytes + align64(l.kept) + align64(l.halves()) + l.fixed() +
+           (l.kept + kSpare) * l.slot();
   }
 
   GradientMatrices(const AttentionBwdArgs& a, int64_t places, float* scratch)
@@ -178,6 +209,7 @@ class GradientMatrices {
     chunk_.p = take(kChunkTiles * kTilePairs), chunk_.ds = take(kChunkTiles * kTilePairs);
     ds_narrow = (float*)take(kParts * kPairBytes);
     packed_ = (uint8_t*)take(align64(layout_.kept));
+    started_ = (uint8_t*)take(align64(layout_.halves()));
     staging_ = (BFloat16*)take(layout_.widest());
     ragged_q_ = take(layout_.q), ragged_dout_ = take(layout_.dout);
     k_t_ = take(layout_.q), v_t_ = take(layout_.dout), k_rows_ = take(layout_.q);
@@ -189,8 +221,28 @@ class GradientMatrices {
   float *scores, *ds, *cap, *ds_narrow;
   int32_t *p_pairs = nullptr, *ds_pairs = nullptr;
 
-  // Another head comes.
-  void forget_queries() { memset(packed_, 0, size_t(layout_.kept)); }
+  // Another head comes, and its dQ begins.
+  void forget_queries() {
+    memset(packed_, 0, size_t(layout_.kept));
+    memset(started_, 0, size_t(layout_.halves()));
+  }
+  // dK and dV of 64 keys begin, or go on.
+  void begin_keys(bool fresh) { fresh_[0] = fresh_[1] = fresh; }
+
+  // Sums begin with their first product; those that met none are made 0 here, after finish.
+  void complete_queries(int64_t place, float* dq) const {
+    const int64_t half = kBlockSide * layout_.D;
+    for (int i = 0; i < 2; ++i) {
+      if (!started_[2 * place + i]) memset(dq + i * half, 0, size_t(half) * 4);
+    }
+  }
+  void complete_keys(float* dk, float* dv) const {
+    for (int block = 0; block < 2; ++block) {
+      if (!fresh_[block]) continue;
+      for (int64_t d = 0; dk && d < layout_.D; ++d) clear_keys(dk + d * kGranule + block * kBlockSide);
+      for (int64_t d = 0; dv && d < layout_.Dv; ++d) clear_keys(dv + d * kGranule + block * kBlockSide);
+    }
+  }
 
   void pack_keys(const T* k, const T* v, int keys) {
     pack_pairs_of_width(whole_rows(v, a_.v.row, keys, a_.Dv, layout_.Dv, 0), layout_.Dv, v_t_);
@@ -266,10 +318,10 @@ class GradientMatrices {
   }
 
   // Finishes the tile before and finds places for P and dS of the one to come.
-  void begin_tile(const GradientTargets& to) {
+  void begin_tile(const GradientTargets& to, int64_t place) {
     compute_deferred();
     if (chunk_.tiles == kChunkTiles) compute_chunk();
-    chunk_.to = to;
+    chunk_.to = to, chunk_.place = place;
     p_pairs = (int32_t*)(chunk_.p + chunk_.tiles * kTilePairs);
     ds_pairs = (int32_t*)(chunk_.ds + chunk_.tiles * kTilePairs);
     ++chunk_.tiles;
@@ -296,7 +348,9 @@ class GradientMatrices {
     p.b = k_rows_ + from * kTileSide * row, p.b_row = row, p.b_block = 2 * kTileRowBytes;
     p.c = (char*)dq + s.first * row, p.c_row = row, p.c_block = 2 * kTileRowBytes;
     p.a_part = kPairBytes, p.b_part = layout_.q / kParts;
-    p.steps = s.to / 2 - from, p.blocks = int(layout_.D / kBlockSide), p.accumulate = true;
+    uint8_t& started = started_[2 * chunk_.place + s.first / kBlockSide];
+    p.steps = s.to / 2 - from, p.blocks = int(layout_.D / kBlockSide), p.accumulate = started;
+    started = 1;
   }
 
   void keep_awake() { tiles_.keep_awake(); }
@@ -318,15 +372,17 @@ class GradientMatrices {
   struct Chunk {
     char *p, *ds;
     GradientTargets to;
+    int64_t place;        // of the last tile's queries
     int tiles, steps[2];  // live halves of the tiles, by block of 32 keys
     StepOperands dk[2][2 * kChunkTiles], dv[2][2 * kChunkTiles];
   };
 
   struct Layout {
-    int64_t D, Dv, q, dout, kept;  // widths padded; q, dout: bytes of 64 rows
+    int64_t D, Dv, q, dout, places, kept;  // widths padded; q, dout: bytes of 64 rows
     bool copies_q, copies_dout;
 
-    Layout(const AttentionBwdArgs& a, int64_t places) : D(padded_width(a.D)), Dv(padded_width(a.Dv)) {
+    Layout(const AttentionBwdArgs& a, int64_t places)
+        : D(padded_width(a.D)), Dv(padded_width(a.Dv)), places(places) {
       q = kGranule * kParts * D * 2, dout = kGranule * kParts * Dv * 2;
       copies_q = kParts > 1 || a.q.row != D || a.D != D;
       copies_dout = kParts > 1 || a.dout.row != Dv || a.Dv != Dv;
@@ -334,6 +390,7 @@ class GradientMatrices {
       kept = places < most ? places : most;
     }
     int64_t slot() const { return q * (1 + copies_q) + dout * (1 + copies_dout); }
+    int64_t halves() const { return 2 * (places > 0 ? places : 1); }
     int64_t widest() const { return q > dout ? q : dout; }
     int64_t fixed() const { return widest() + 3 * q + 2 * dout; }
   };
@@ -376,14 +433,8 @@ class GradientMatrices {
   void pack_columns(const RowsAt& rows, int64_t wide, char* out) {
     for (int64_t d = 0; d < wide; d += kTileSide) {
       for (int r = 0; r < kGranule; r += kBlockSide) {
-        for (int part = 0; part < kParts; ++part, out += kTileBytes) {
-          const BFloat16* at = rows.x + r * rows.stride + part * rows.part + d;
-          F32 pairs[kTileSide];
-          for (int i = 0; i < kTileSide; ++i, at += 2 * rows.stride)
-            pairs[i] = float_of(interleave(at, at + rows.stride));
-          transpose(pairs);
-          for (int i = 0; i < kTileSide; ++i) store((float*)(out + i * kTileRowBytes), pairs[i]);
-        }
+        for (int part = 0; part < kParts; ++part, out += kTileBytes)
+          pack_columns_tile(rows.x + r * rows.stride + part * rows.part + d, rows.stride, out);
       }
     }
   }
@@ -437,7 +488,15 @@ class GradientMatrices {
           compute_keys(chunk_.dk[block], block, d, kBlockSide, chunk_.to.dk);
       }
     }
-    chunk_.tiles = chunk_.steps[0] = chunk_.steps[1] = 0;
+    for (int block = 0; block < 2; ++block) {
+      if (chunk_.steps[block]) fresh_[block] = false;
+      chunk_.steps[block] = 0;
+    }
+    chunk_.tiles = 0;
+  }
+
+  static void clear_keys(float* x) {
+    for (int i = 0; i < kBlockSide; i += kLanes) store(x + i, zero());
   }
 
   // Columns [from, from + wide) of what a block of keys gets.
@@ -451,13 +510,15 @@ class GradientMatrices {
     p.a_first = from / kBlockSide * p.a_block;
     p.c = (char*)acc + from / kBlockSide * kBlockBytes + block * 2 * kTileRowBytes;
     p.c_row = kLaneRowBytes, p.c_block = kBlockBytes;
-    p.steps = chunk_.steps[block], p.blocks = int(wide / kBlockSide), p.accumulate = true;
-    run_product<kLegs<kParts>>(tiles_, p);
+    p.steps = chunk_.steps[block], p.blocks = int(wide / kBlockSide), p.accumulate = !fresh_[block];
+    if constexpr (kParts == 1) run_squares(tiles_, p);
+    else run_product<kLegs<kParts>>(tiles_, p);
   }
 
   const AttentionBwdArgs& a_;
   const Layout layout_;
-  uint8_t* packed_;
+  uint8_t *packed_, *started_;
+  bool fresh_[2] = {};
   BFloat16* staging_;
   char *ragged_q_, *ragged_dout_, *k_t_, *v_t_, *k_rows_, *slots_, *q_t_ = nullptr, *dout_t_ = nullptr;
   RowsAt q_{}, dout_{};

@@ -15,6 +15,33 @@
 namespace fastattn {
 namespace {
 
+// The exponent's bits of a stored number: all of them, where it is not finite.
+inline uint32_t exponent_bits(const float*) { return 0x7f800000; }
+inline uint16_t exponent_bits(const BFloat16*) { return 0x7f80; }
+inline uint16_t exponent_bits(const Half*) { return 0x7c00; }
+
+template <class T>
+bool all_finite(const T* x, int64_t stride, int rows, int64_t width) {
+  const auto bits = exponent_bits(x);
+  uint64_t finite = ~0ull;
+  F32 check = zero();
+  for (int r = 0; r < rows; ++r, x += stride) {
+    int64_t d = 0;
+    for (; d + 64 <= width; d += 64) finite &= differing_64((decltype(&bits))(x + d), bits, bits);
+    for (; d < width; d += kLanes) check = fma(load_n(x + d, width - d), zero(), check);
+  }
+  return finite == ~0ull && !any(is_nan(check));
+}
+
+// Which of `rows` rows hold a number that is not finite.
+template <class T>
+uint64_t rows_not_finite(const T* x, int64_t stride, int rows, int64_t width) {
+  if (all_finite(x, stride, rows, width)) return 0;
+  uint64_t bad = 0;
+  for (int r = 0; r < rows; ++r) bad |= uint64_t(!all_finite(x + r * stride, stride, 1, width)) << r;
+  return bad;
+}
+
 inline int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 // What those that multiply with vectors have in common: rows `padded(width)` apart.
@@ -121,11 +148,14 @@ struct TiledRows {
   }
   // Numbers that are not the sum of their parts: not finite, or next to infinity.
   static Mask has_no_parts(F32 x) {
-    return is_nan((x - float_of((bits_of(x) + splat_int(0x8000)) & splat_int(-0x10000))) * zero());
+    return is_nan((x - upper_half(bits_of(x) + splat_int(kHalfUnit))) * zero());
   }
 
  private:
   static constexpr int64_t kPartWords = Matrices::kPairBytes / 4;
+  static constexpr int32_t kHalfUnit = 0x8000;  // added to a float's bits, it rounds their upper half
+
+  static FASTATTN_INLINE F32 upper_half(I32 bits) { return float_of(bits & splat_int(-0x10000)); }
 
   // The next part of every number, and what it leaves of it.
   static FASTATTN_INLINE void put_part(F32 (&rest)[2][2], int32_t* pairs, int32_t* rows) {
@@ -134,9 +164,9 @@ struct TiledRows {
     for (int r = 0; r < 2; ++r) {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        high[r][i] = bits_of(rest[r][i]) + splat_int(0x8000);
+        high[r][i] = bits_of(rest[r][i]) + splat_int(kHalfUnit);
         low[r][i] = shift_right<16>(high[r][i]);
-        if constexpr (kParts > 1) rest[r][i] = rest[r][i] - float_of(high[r][i] & splat_int(-0x10000));
+        if constexpr (kParts > 1) rest[r][i] = rest[r][i] - upper_half(high[r][i]);
       }
     }
     store(pairs, merge_halves(high[1][0], low[0][0]));

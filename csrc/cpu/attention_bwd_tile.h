@@ -15,20 +15,6 @@
 namespace fastattn {
 namespace {
 
-// Which of `rows` rows hold a number that is not finite.
-template <class T>
-uint64_t rows_not_finite(const T* x, int64_t stride, int rows, int64_t width) {
-  uint64_t bad = 0;
-  for (int r = 0; r < rows; ++r, x += stride) {
-    F32 check = zero();
-    int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) check = fma(load(x + d), zero(), check);
-    if (d < width) check = fma(load_n(x + d, width - d), zero(), check);
-    bad |= uint64_t(any(is_nan(check))) << r;
-  }
-  return bad;
-}
-
 // What a tile is computed for: the products, sums of dS over tiles, or both.
 enum class TileUse { kProducts, kSums, kBoth };
 
@@ -44,6 +30,8 @@ class GradientTile {
     if constexpr (Rows::kTiles) return Rows::Matrices::bytes(a, places) / 4;
     return kGranule * (a.D + a.Dv + 2 * padded(a.D) + padded(a.Dv) + 5 * kGranule);
   }
+
+  static void clear(float* x, int64_t floats) { memset(x, 0, size_t(floats) * 4); }
 
   // Which gradients will be asked of it.
   struct Wanted {
@@ -83,9 +71,26 @@ class GradientTile {
     float *dq, *dk, *dv;
   };
 
-  // Query blocks of another head come.
-  void forget_queries() {
+  // Query blocks of another head come, `places` of them whose sums lie at dq.
+  void begin_queries(int64_t places, float* dq) {
     if constexpr (Rows::kTiles) matrices_.forget_queries();
+    else clear(dq, places * kGranule * wide_);
+  }
+  // The sums of the loaded keys begin.
+  void begin_keys(bool fresh, float* dk, float* dv) {
+    if constexpr (Rows::kTiles) matrices_.begin_keys(fresh);
+    else if (fresh) clear(dk, kGranule * wide_), clear(dv, kGranule * wide_v_);
+  }
+  // Every tile of those has been computed.
+  void finish_queries(int64_t places, float* dq) {
+    finish();
+    if constexpr (Rows::kTiles) {
+      for (int64_t n = 0; n < places; ++n) matrices_.complete_queries(n, dq + n * kGranule * wide_);
+    }
+  }
+  void finish_keys(float* dk, float* dv) {
+    finish();
+    if constexpr (Rows::kTiles) matrices_.complete_keys(dk, dv);
   }
   // Products may wait for the tile after theirs.
   void finish() {
@@ -113,7 +118,7 @@ class GradientTile {
     if (!load_queries<USE>(b, h, q_block, tile, place)) return false;
     if (a_.dropout) dropout();
     if constexpr (Rows::kTiles) {
-      by_blocks<USE>(to);
+      by_blocks<USE>(to, place);
     } else {
       scores<USE>();
       gradients_of<USE>(0, segments_);
@@ -269,20 +274,16 @@ class GradientTile {
 
   // On tiles, see attention_bwd_amx.h.
   template <TileUse USE>
-  void by_blocks(const Targets& to) {
+  void by_blocks(const Targets& to, int64_t place) {
     constexpr bool kProducts = USE != TileUse::kSums;
     if constexpr (kProducts) {
-      matrices_.begin_tile({to.dq, to.dk, to.dv});
+      matrices_.begin_tile({to.dq, to.dk, to.dv}, place);
       p_pairs_ = matrices_.p_pairs, ds_pairs_ = matrices_.ds_pairs;
     }
     keeps_ = false;
-    if constexpr (kSplit) {
-      matrices_.compute_scores(segment_, segments_);
-      for (int s = 0; s < segments_; ++s) prefetch_.step();
-    } else {
-      for (int s = 0; s < segments_; ++s) matrices_.compute_scores(segment_ + s, 1), prefetch_.step();
-    }
+    matrices_.compute_scores(segment_, segments_);
     for (int s = 0; s < segments_; ++s) {
+      prefetch_.step();
       repair_scores(segment_[s]);
       score_terms(s, s + 1);
       check_ = zero();

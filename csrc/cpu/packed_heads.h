@@ -41,6 +41,14 @@ void pad_rows(const T* x, int64_t stride, int rows, int64_t width, int64_t padde
   }
 }
 
+// 32 rows of 16 columns to a tile: a row a column, pairs of rows its words.
+inline void pack_columns_tile(const BFloat16* x, int64_t stride, char* tile) {
+  F32 pairs[kTileSide];
+  for (int r = 0; r < kTileSide; ++r, x += 2 * stride) pairs[r] = float_of(interleave(x, x + stride));
+  transpose(pairs);
+  for (int i = 0; i < kTileSide; ++i) store((float*)(tile + i * kTileRowBytes), pairs[i]);
+}
+
 template <class T>
 class PackedHead {
   static constexpr int kParts = kTileParts<T>;
@@ -148,11 +156,7 @@ class PackedHead {
     for (int64_t d = 0; d < layout_.Dv; d += kTileSide) {
       for (int p = 0; p < kParts; ++p) {
         for (int key = 0; key < kGranule; key += 2 * kTileSide, out += kTileBytes) {
-          const BFloat16* x = rows + key * stride + p * part + d;
-          F32 pairs[kTileSide];
-          for (int r = 0; r < kTileSide; ++r, x += 2 * stride) pairs[r] = float_of(interleave(x, x + stride));
-          transpose(pairs);
-          for (int i = 0; i < kTileSide; ++i) store((float*)(out + i * kTileRowBytes), pairs[i]);
+          pack_columns_tile(rows + key * stride + p * part + d, stride, out);
         }
       }
     }

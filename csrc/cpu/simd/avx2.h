@@ -36,7 +36,7 @@ FASTATTN_INLINE F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.v)}; }
 FASTATTN_INLINE F32 round(F32 a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// The power is built as a float's exponent field: n below -126 gives the factor 0, as the interface allows.
+// The power is built as a float's exponent field: -127 gives the factor 0, and 128 infinity.
 constexpr float kLeastPower = -127;
 FASTATTN_INLINE F32 scale_by_power(F32 a, F32 n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

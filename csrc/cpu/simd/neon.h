@@ -35,7 +35,7 @@ FASTATTN_INLINE F32 min(F32 a, F32 b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a
 FASTATTN_INLINE F32 abs(F32 a) { return {vabsq_f32(a.v)}; }
 FASTATTN_INLINE F32 sqrt(F32 a) { return {vsqrtq_f32(a.v)}; }
 FASTATTN_INLINE F32 round(F32 a) { return {vrndnq_f32(a.v)}; }
-// The power is built as a float's exponent field: n below -126 gives the factor 0, as the interface allows.
+// The power is built as a float's exponent field: -127 gives the factor 0, and 128 infinity.
 constexpr float kLeastPower = -127;
 FASTATTN_INLINE F32 scale_by_power(F32 a, F32 n) {
   const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.v), vdupq_n_s32(127));
