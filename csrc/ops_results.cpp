@@ -139,6 +139,7 @@ std::vector<int64_t> result_memory() { return blocks().state(); }
 
 size_t element_size(ScalarType dtype) {
   switch (dtype) {
+    case ScalarType::Bool: return 1;
     case ScalarType::BFloat16:
     case ScalarType::Half: return 2;
     case ScalarType::Float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import has_torch_function
 
-from . import functional
+from . import functional, short
 from .dispatch import choose
 from .integrations.own_calls import switches
 from .masks import Causal, CausalLowerRight, Mask
@@ -52,7 +52,7 @@ def _refusal(q, k, v, attn_mask) -> str | None:
         return "a tensor subclass"
     if not isinstance(q, Tensor) or q.is_nested or q.layout != torch.strided:
         return "not a strided tensor"
-    if q.dtype not in functional._PLAIN_DTYPES:
+    if q.dtype not in short.DTYPES:
         return f"no kernel for {q.dtype}"
     return _no_kernel(q.device, q.dtype)
 

@@ -15,7 +15,7 @@ from . import ops
 from .dispatch import MOST_ROWS
 from .masks import native
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Looked up once, and below the Python method that would call them.
 _plain = torch.ops.fastattn.attention_plain.default._op
 _masked = torch.ops.fastattn.attention_masked.default._op
@@ -65,7 +65,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
         return False
     shape, dtype = q.shape, q.dtype
     keys = k.shape
-    if len(shape) != 4 or v.shape != keys or dtype not in _DTYPES or k.dtype != dtype or v.dtype != dtype:
+    if len(shape) != 4 or v.shape != keys or dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
         return False
     if shape[3] == 0 or shape[2] >= MOST_ROWS or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import functional, nn, rows
+from fastattn import functional, nn, rows, short
 
 WIDTH = 32
 
@@ -42,6 +42,9 @@ def chosen(monkeypatch, triton_device):
 
     for module in (functional, rows):
         monkeypatch.setattr(module, "choose", choosing(module.choose))
+    # The short ways of the CPU choose nothing.
+    monkeypatch.setattr(short, "is_plain", lambda *operands: False)
+    monkeypatch.setattr(rows, "_is_plain", lambda *tensors: False)
     return taken
 
 
