@@ -28,7 +28,8 @@ Tensor output_like(const Tensor& q, const AttentionArgs& a, bool fp32) {
 }
 
 // The thread that finishes an item's last split merges them, in the order of the splits whoever it is.
-void run_decode(AttentionArgs& a, const KernelTable& table, int storage) {
+void run_decode(AttentionArgs& a, const KernelTable& table) {
+  const int storage = int(a.storage);
   const DecodePlan plan(a);
   const int64_t bytes = (plan.tasks() * plan.partial_floats() * 4 + 63) / 64 * 64;
   const std::unique_ptr<void, decltype(&std::free)> partials(std::aligned_alloc(64, bytes), &std::free);
@@ -45,15 +46,15 @@ void run_decode(AttentionArgs& a, const KernelTable& table, int storage) {
   });
 }
 
-void run(AttentionArgs& a, const Tensor& out, Storage storage) {
+void run(AttentionArgs& a, const Tensor& out) {
   if (a.B * a.Hq * a.Sq == 0) return;
   a.out = out.mutable_data_ptr();
   a.out_batch = out.stride(0), a.out_head = out.stride(1), a.out_row = out.stride(2);
   const KernelTable& table = kernels();
-  if (attention_route(a.Sq, a.Hq / a.Hkv, a.D, a.Dv, storage) == AttentionRoute::kDecode) {
-    return run_decode(a, table, int(storage));
+  if (attention_route(a.Sq, a.Hq / a.Hkv, a.D, a.Dv, a.storage) == AttentionRoute::kDecode) {
+    return run_decode(a, table);
   }
-  const AttentionTask task = table.attention[int(storage)];
+  const AttentionTask task = table.attention[int(a.storage)];
   const int64_t together = table.keeps_heads && a.Hkv > 0 ? a.q_blocks() * (a.Hq / a.Hkv) : 1;
   run_tasks(
       a.tasks(), table.attention_scratch(a), [&](int64_t i, void* scratch) { task(a, i, scratch); },
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor> run_with_lse(ForwardCall call) {
   AttentionArgs& a = call.a;
   Tensor lse = new_tensor({a.B, a.Hq, a.Sq}, {a.Hq * a.Sq, a.Sq, 1}, ScalarType::Float);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  run(a, call.out, a.storage);
+  run(a, call.out);
   return {call.out, lse};
 }
 
@@ -104,7 +105,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
 }
 
 Tensor run_inference(ForwardCall call) {
-  run(call.a, call.out, call.a.storage);
+  run(call.a, call.out);
   return call.out;
 }
 
@@ -119,9 +120,8 @@ Tensor attention_masked(const Tensor& q, const Tensor& k, const Tensor& v, doubl
                         std::optional<int64_t> band_lo, std::optional<int64_t> band_hi, OptionalTensor lo,
                         OptionalTensor hi, OptionalTensor block_offsets, OptionalTensor block_list,
                         OptionalTensor bit_tiles) {
-  AttentionOptions options{};
-  options.scale = scale, options.band_lo = band_lo, options.band_hi = band_hi;
-  options.lo = lo, options.hi = hi;
+  AttentionOptions options = plain_options(scale, false, lo, hi);
+  options.band_lo = band_lo, options.band_hi = band_hi;
   options.block_offsets = block_offsets, options.block_list = block_list, options.bit_tiles = bit_tiles;
   return run_inference({q, k, v, options, false});
 }

@@ -19,6 +19,8 @@ from .row_problem import RowProblem
 
 # A position is an int32 in the CPU kernels, and so is the end of a range.
 MOST_ROWS = 2**31 - 1
+# What every kernel computes; float64 goes to the reference.
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # The CPU kernel's routes by shape are the op's own rule; see csrc/ops_attention.cpp.
 Refusal = Callable[[Any], "str | None"]
@@ -121,7 +123,6 @@ KERNELS = (
 
 
 _FORWARD_AD = "forward-mode AD needs tangents, which a custom op would silently make zero"
-_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _refuse_rows_cuda(p: RowProblem) -> str | None:
@@ -170,7 +171,7 @@ def _refuse_rows(p: RowProblem) -> str | None:
     """What no kernel takes."""
     dtypes = {name: t.dtype for name, t in p.tensors().items()} | {"dtype": p.dtype, "sum_dtype": p.sum_dtype}
     for name, dtype in dtypes.items():
-        if dtype is not None and dtype not in _ROW_DTYPES:
+        if dtype is not None and dtype not in KERNEL_DTYPES:
             return f"{name} is {name_of(dtype)}, which is computed by the reference"
     if p.has_tangents():
         return _FORWARD_AD

@@ -25,6 +25,12 @@ def full(gradients: Callable, differentiable: Sequence[int], count: int) -> Call
     return backward
 
 
+def applied(function: type[torch.autograd.Function]) -> Callable:
+    """The function's apply, without the look of Function's own for transforms, which the caller has ruled out, and for
+    what outlived one, which the dispatcher opens as well."""
+    return super(torch.autograd.Function, function).apply
+
+
 def eager(
     op: Callable, setup_context: Callable, gradients: Callable, differentiable: Sequence[int]
 ) -> Callable:
@@ -46,9 +52,7 @@ def eager(
         def backward(ctx, *upstream):
             return None, *gradients(ctx, ctx.needs_input_grad[1:], *upstream)
 
-    # Function's own apply looks for transforms, which never come here, and for their dead wrappers, which the
-    # dispatcher opens as well.
-    apply = super(torch.autograd.Function, Eager).apply
+    apply = applied(Eager)
 
     def call(*arguments):
         return apply(arguments, *[arguments[i] for i in differentiable])

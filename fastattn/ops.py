@@ -49,14 +49,15 @@ def _fake_inference(q, k, v, *options):
 
 
 def _fake_training(q, k, v, *options):
-    return output_like(q, v.shape[3], q.dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _fake_fwd(q, k, v, None, False)
+
+
+def _fake_gradient(t: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
+    return output_like(t, t.shape[3], dtype) if needed else t.new_empty(0, dtype=dtype)
 
 
 def _fake_training_bwd(dout, q, k, v, out, lse, lo, hi, scale, is_causal, *needs):
-    return tuple(
-        output_like(t, t.shape[3], t.dtype) if needed else t.new_empty(0)
-        for t, needed in zip((q, k, v), needs)
-    )
+    return tuple(_fake_gradient(t, needed, t.dtype) for t, needed in zip((q, k, v), needs))
 
 
 def _fake_linear(x, weight, bias, activation):
@@ -82,13 +83,11 @@ def _fake_bwd(dout, dlse, q, k, v, out, lse, *rest):
         dtype = torch.float32 if fp32 else like.dtype
         return like.new_empty(0 if t is None or not needed else t.shape, dtype=dtype)
 
-    def operand(t: Tensor, needed: bool) -> Tensor:
-        if not needed:
-            return empty(None, t, False)
-        return output_like(t, t.shape[3], torch.float32 if fp32 else t.dtype)
-
     return (
-        *(operand(t, needed) for t, needed in zip((q, k, v), needs)),
+        *(
+            _fake_gradient(t, needed, torch.float32 if fp32 else t.dtype)
+            for t, needed in zip((q, k, v), needs)
+        ),
         empty(bias, q, needs[3]),
         empty(slopes, lse, needs[4]),
         empty(sinks, lse, needs[5]),

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import has_torch_function
 
-from . import functional, short
-from .dispatch import choose
+from . import functional
+from .dispatch import KERNEL_DTYPES, choose
 from .integrations.own_calls import switches
 from .masks import Causal, CausalLowerRight, Mask
 from .problem import attention_problem
@@ -52,7 +52,7 @@ def _refusal(q, k, v, attn_mask) -> str | None:
         return "a tensor subclass"
     if not isinstance(q, Tensor) or q.is_nested or q.layout != torch.strided:
         return "not a strided tensor"
-    if q.dtype not in short.DTYPES:
+    if q.dtype not in KERNEL_DTYPES:
         return f"no kernel for {q.dtype}"
     return _no_kernel(q.device, q.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _info, _triton, reference
-from .dispatch import ROW_KERNELS, Choice, choose
+from .dispatch import KERNEL_DTYPES, ROW_KERNELS, Choice, choose
 from .problem import name_of
 from .row_ops import OPS, RowOps, as_rows, rows_contiguous
 from .row_problem import RowProblem, norm_problem, softmax_problem
@@ -325,7 +325,6 @@ def _triton_detail(p: RowProblem, notes: list[str]) -> str:
 
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -336,7 +335,7 @@ def _is_plain(x: Tensor, *optional: Tensor | None) -> bool:
     for t in (x, *optional):
         if t is None and t is not x:
             continue
-        if type(t) not in _PLAIN_TYPES or t.dtype not in _PLAIN_DTYPES:
+        if type(t) not in _PLAIN_TYPES or t.dtype not in KERNEL_DTYPES:
             return False
         if not t.is_cpu or t.is_nested or t.layout is not torch.strided or t.dim() > 9:
             return False

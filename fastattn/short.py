@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .dispatch import MOST_ROWS
+from .dispatch import KERNEL_DTYPES, MOST_ROWS
+from .eager import applied
 from .masks import native
 
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Looked up once, and below the Python method that would call them.
 _plain = torch.ops.fastattn.attention_plain.default._op
 _masked = torch.ops.fastattn.attention_masked.default._op
@@ -46,8 +46,7 @@ class _Training(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(gradients, needs)), None, None, None, None
 
 
-# Function's own apply looks for transforms and their dead wrappers; is_plain does the first, the dispatcher the second.
-_train = super(torch.autograd.Function, _Training).apply
+_train = applied(_Training)
 
 
 def _general_gradients(ctx, dout, needs):
@@ -65,7 +64,13 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> bool:
         return False
     shape, dtype = q.shape, q.dtype
     keys = k.shape
-    if len(shape) != 4 or v.shape != keys or dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
+    if (
+        len(shape) != 4
+        or v.shape != keys
+        or dtype not in KERNEL_DTYPES
+        or k.dtype != dtype
+        or v.dtype != dtype
+    ):
         return False
     if shape[3] == 0 or shape[2] >= MOST_ROWS or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return False
@@ -99,6 +104,8 @@ def attend(
 ) -> Tensor | None:
     """scaled_dot_product_attention of a call with no mask, a causal one or padding; None where this call is not one."""
     lo = hi = None
+    if mask is not None and (is_causal or type(mask) is not Tensor or not mask.is_cpu):
+        return None
     if type(is_causal) is not bool or not is_plain(q, k, v, gqa):
         return None
     if scale is None:
@@ -107,8 +114,6 @@ def attend(
         return None
     if mask is not None:
         # Padding alone, for which short sequences cannot wait until the general way has understood it.
-        if is_causal or type(mask) is not Tensor or not mask.is_cpu:
-            return None
         interval = _interval(mask, q.shape, k.shape[2], q.dtype)
         if interval is None:
             return None

@@ -209,7 +209,7 @@ class GradientMatrices {
     chunk_.p = take(kChunkTiles * kTilePairs), chunk_.ds = take(kChunkTiles * kTilePairs);
     ds_narrow = (float*)take(kParts * kPairBytes);
     packed_ = (uint8_t*)take(align64(layout_.kept));
-    started_ = (uint8_t*)take(align64(layout_.halves()));
+    queries_started_ = (uint8_t*)take(align64(layout_.halves()));
     staging_ = (BFloat16*)take(layout_.widest());
     ragged_q_ = take(layout_.q), ragged_dout_ = take(layout_.dout);
     k_t_ = take(layout_.q), v_t_ = take(layout_.dout), k_rows_ = take(layout_.q);
@@ -224,21 +224,21 @@ class GradientMatrices {
   // Another head comes, and its dQ begins.
   void forget_queries() {
     memset(packed_, 0, size_t(layout_.kept));
-    memset(started_, 0, size_t(layout_.halves()));
+    memset(queries_started_, 0, size_t(layout_.halves()));
   }
   // dK and dV of 64 keys begin, or go on.
-  void begin_keys(bool fresh) { fresh_[0] = fresh_[1] = fresh; }
+  void begin_keys(bool fresh) { keys_started_[0] = keys_started_[1] = !fresh; }
 
   // Sums begin with their first product; those that met none are made 0 here, after finish.
   void complete_queries(int64_t place, float* dq) const {
     const int64_t half = kBlockSide * layout_.D;
     for (int i = 0; i < 2; ++i) {
-      if (!started_[2 * place + i]) memset(dq + i * half, 0, size_t(half) * 4);
+      if (!queries_started_[2 * place + i]) memset(dq + i * half, 0, size_t(half) * 4);
     }
   }
   void complete_keys(float* dk, float* dv) const {
     for (int block = 0; block < 2; ++block) {
-      if (!fresh_[block]) continue;
+      if (keys_started_[block]) continue;
       for (int64_t d = 0; dk && d < layout_.D; ++d) clear_keys(dk + d * kGranule + block * kBlockSide);
       for (int64_t d = 0; dv && d < layout_.Dv; ++d) clear_keys(dv + d * kGranule + block * kBlockSide);
     }
@@ -348,7 +348,7 @@ class GradientMatrices {
     p.b = k_rows_ + from * kTileSide * row, p.b_row = row, p.b_block = 2 * kTileRowBytes;
     p.c = (char*)dq + s.first * row, p.c_row = row, p.c_block = 2 * kTileRowBytes;
     p.a_part = kPairBytes, p.b_part = layout_.q / kParts;
-    uint8_t& started = started_[2 * chunk_.place + s.first / kBlockSide];
+    uint8_t& started = queries_started_[2 * chunk_.place + s.first / kBlockSide];
     p.steps = s.to / 2 - from, p.blocks = int(layout_.D / kBlockSide), p.accumulate = started;
     started = 1;
   }
@@ -489,7 +489,7 @@ class GradientMatrices {
       }
     }
     for (int block = 0; block < 2; ++block) {
-      if (chunk_.steps[block]) fresh_[block] = false;
+      if (chunk_.steps[block]) keys_started_[block] = true;
       chunk_.steps[block] = 0;
     }
     chunk_.tiles = 0;
@@ -510,15 +510,15 @@ class GradientMatrices {
     p.a_first = from / kBlockSide * p.a_block;
     p.c = (char*)acc + from / kBlockSide * kBlockBytes + block * 2 * kTileRowBytes;
     p.c_row = kLaneRowBytes, p.c_block = kBlockBytes;
-    p.steps = chunk_.steps[block], p.blocks = int(wide / kBlockSide), p.accumulate = !fresh_[block];
+    p.steps = chunk_.steps[block], p.blocks = int(wide / kBlockSide), p.accumulate = keys_started_[block];
     if constexpr (kParts == 1) run_squares(tiles_, p);
     else run_product<kLegs<kParts>>(tiles_, p);
   }
 
   const AttentionBwdArgs& a_;
   const Layout layout_;
-  uint8_t *packed_, *started_;
-  bool fresh_[2] = {};
+  uint8_t *packed_, *queries_started_;
+  bool keys_started_[2] = {};
   BFloat16* staging_;
   char *ragged_q_, *ragged_dout_, *k_t_, *v_t_, *k_rows_, *slots_, *q_t_ = nullptr, *dout_t_ = nullptr;
   RowsAt q_{}, dout_{};

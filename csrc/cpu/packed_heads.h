@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention_args.h"
+#include "finite.h"
 
 namespace fastattn {
 namespace {
@@ -106,14 +107,7 @@ class PackedHead {
 
   // Bit j: a number of the values of key + j is not finite.
   uint64_t not_finite(int64_t key, int keys) const {
-    uint64_t found = 0;
-    for (int j = 0; j < keys; ++j) {
-      F32 check = zero();
-      for (int64_t d = 0; d < Dv_; d += kLanes)
-        check = fma(load_n(value(key + j) + d, Dv_ - d), zero(), check);
-      if (any(is_nan(check))) found |= 1ull << j;
-    }
-    return found;
+    return rows_not_finite(value(key), v_stride_, keys, Dv_);
   }
 
  private:
