@@ -336,6 +336,30 @@ def test_nan_of_rows_that_see_nothing(isa, width, dtype):
     assert all(torch.equal(clean[n], poisoned[n]) for n in clean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("case", ["q", "q of softcap", "dout", "dout of v = 0"])
+def test_a_row_that_is_not_finite_reaches_only_what_it_sees(isa, case, poison, dtype):
+    """Also where its lse and out are finite, or where its scores are all -inf."""
+    q, k, v, dout = inputs(1, 2, 1, 70, 70, 64, 64, dtype)
+    mask = torch.rand(70, 70) < 0.5
+    k[..., 5] = k[..., 5].abs()
+    if case == "dout of v = 0":
+        v.zero_()
+    leaves = {"q": q, "k": k, "v": v, "mask": mask}
+    if case == "q of softcap":
+        leaves["softcap"] = 20.0
+    clean = gradients(fastattn.attention, leaves, dout)
+    (q if case.startswith("q") else dout)[:, :, 37, 5] = poison
+    got = gradients(fastattn.attention, leaves, dout)
+    others = torch.arange(70) != 37
+    assert torch.equal(got["q"][:, :, others], clean["q"][:, :, others])
+    for name in "kv":
+        assert torch.equal(got[name][:, :, ~mask[37]], clean[name][:, :, ~mask[37]])
+    name, rows = ("k", mask[37]) if case.startswith("q") else ("v", mask[37])
+    assert not torch.isfinite(got[name][:, :, rows]).all() or case == "q of softcap"
+
+
 def test_nan_under_a_bias_of_minus_infinity(isa):
     q, k, v, dout = inputs(1, 2, 2, 70, 70, 16, 16)
     bias = randn(2, 70, 70)
@@ -448,6 +472,21 @@ def backward_op(dout, q, k, v, out, lse, dlse=None, needs=(1, 1, 1, 0, 0, 0), gr
     return torch.ops.fastattn.attention_bwd(
         dout, dlse, q, k, v, out, lse, *arguments, [bool(n) for n in needs], grads_fp32
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_in_fp32_that_is_infinite_in_the_dtype_of_q(isa, dtype):
+    q, k, v, dout = inputs(1, 2, 2, 70, 70, 64, 64, dtype)
+    dout = dout.float()
+    visible = masks.Causal().to_dense(70, 70, 1, 2)
+    out, lse = reference.attention(q.float(), k.float(), v.float(), mask=visible, return_lse=True)
+    out[:, :, 37, 5] = 0.5
+    clean = backward_op(dout, q, k, v, out, lse, band_hi=0)
+    dout[:, :, 37, 5] = torch.finfo(torch.float32).max
+    got = backward_op(dout, q, k, v, out, lse, band_hi=0)
+    assert torch.equal(got[0][:, :, :37], clean[0][:, :, :37])
+    for ours, before in zip(got[1:3], clean[1:3]):
+        assert torch.equal(ours[:, :, 38:], before[:, :, 38:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -30,21 +30,12 @@ class BackwardRows {
     const int64_t first = task % n * kGranule;
     const int count = int(a.Sq - first < kGranule ? a.Sq - first : kGranule);
     const KeyExtent e = BlockMask(a, b, h, first, count).extent();
-    const T* q = (const T*)a.q.data + b * a.q.batch + h * a.q.head + first * a.q.row;
-    const T* dout = (const T*)a.dout.data + b * a.dout.batch + h * a.dout.head + first * a.dout.row;
-    a.blocks[task] = {e.seen_lo,
-                      e.seen_hi,
-                      e.all_lo,
-                      e.all_hi,
-                      rows_not_finite(q, a.q.row, count, a.D),
-                      rows_not_finite(dout, a.dout.row, count, a.Dv),
-                      0};
-
     const Operand& g = a.dout_as_out;
     const Out* gradient = (const Out*)g.data + b * g.batch + h * g.head + first * g.row;
     const Out* out = (const Out*)a.out + b * a.out_batch + h * a.out_head + first * a.out_row;
     const int64_t at = head * a.Sq + first;
     alignas(64) float lse[kGranule], delta[kGranule];
+    F32 check_q = zero(), check_dout = zero();
     for (int r = 0; r < count; r += kLanes) {
       F32 products[kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -52,9 +43,21 @@ class BackwardRows {
         if (r + i < count)
           products[i] = multiply(gradient + (r + i) * g.row, out + (r + i) * a.out_row, a.Dv);
       }
-      store(delta + r, lane_sums(products));
-      store(lse + r, load_n(a.lse + at + r, count - r));
+      const F32 sums = lane_sums(products), given = load_n(a.lse + at + r, count - r);
+      store(delta + r, sums), store(lse + r, given);
+      check_q = fma(given, zero(), check_q), check_dout = fma(sums, zero(), check_dout);
     }
+    // A row of q or of dout that is not finite leaves no number in lse or in delta: every score, every
+    // product is without bounds or NaN. Unless a softcap bounds the scores, or dout was narrowed since.
+    const bool q_finite = a.softcap == 0.f && !any(is_nan(check_q));
+    const bool dout_finite = __is_same(T, Out) && !any(is_nan(check_dout));
+    a.blocks[task] = {e.seen_lo,
+                      e.seen_hi,
+                      e.all_lo,
+                      e.all_hi,
+                      q_finite ? 0 : bad_rows(a.q, b, h, first, count, a.D),
+                      dout_finite ? 0 : bad_rows(a.dout, b, h, first, count, a.Dv),
+                      0};
     if (a.sinks || a.dlse) {
       const double dsink = gate(a, h, at, count, lse, delta);
       if (a.dsinks) a.dsinks[task] = float(dsink);
@@ -73,6 +76,10 @@ class BackwardRows {
   }
 
  private:
+  static uint64_t bad_rows(const Operand& x, int64_t b, int64_t h, int64_t first, int count, int64_t width) {
+    const T* rows = (const T*)x.data + b * x.batch + h * x.head + first * x.row;
+    return rows_not_finite(rows, x.row, count, width);
+  }
   static float unit_of(const AttentionBwdArgs& a) { return has_score_terms(a) ? 1.f : kLog2E; }
   static float larger(float x, float y) { return x > y ? x : y; }
 
